@@ -1,0 +1,1 @@
+"""The few JAX calls whose spelling depends on the version."""
