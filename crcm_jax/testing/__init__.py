@@ -1,1 +1,3 @@
-"""testing"""
+"""Tools to test consistency mathematics: exact teachers, golden data."""
+
+from crcm_jax.testing import golden as golden
