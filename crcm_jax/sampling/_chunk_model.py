@@ -1,0 +1,125 @@
+"""What a rollout needs of a network: one chunk, given a cache of the past.
+
+A `ChunkModel` is one network under one conditioning (a caption): the
+conditioning is part of the object, the parameters are arguments. Its cache
+holds whatever the network keeps of the chunks committed so far; nobody but
+the model looks inside. `guided` makes one such model of two.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable, TypeAlias
+
+from crcm_jax import guidance
+from crcm_jax._typing import Array, Float, Int, Params
+
+Cache: TypeAlias = Any
+"""A pytree of arrays whose shapes never change along a rollout."""
+
+
+@runtime_checkable
+class ChunkModel(Protocol):
+  """One causal network under one conditioning, called chunk by chunk."""
+
+  def init(self, params: Params, batch: int, frames: int) -> Cache:
+    """Returns an empty cache.
+
+    Args:
+      params: the network's parameters.
+      batch: number of videos.
+      frames: latent frames that the cache must be able to hold.
+    """
+    ...
+
+  def velocity(
+    self,
+    params: Params,
+    x: Float[Array, "b f h w c"],
+    t: Float[Array, "b f"],
+    cache: Cache,
+  ) -> Float[Array, "b f h w c"]:
+    """Returns a chunk's velocity given the committed past; reads the cache.
+
+    The chunk follows the committed frames directly. Gradients flow through
+    the chunk's own keys and values, never into the cache.
+    """
+    ...
+
+  def append(
+    self,
+    params: Params,
+    x: Float[Array, "b f h w c"],
+    t: Float[Array, "b f"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "b f h w c"], Cache]:
+    """Commits a chunk to the cache, and returns its velocity on the way.
+
+    No gradient flows through either result.
+    """
+    ...
+
+  def rewind(self, cache: Cache, frames: Int[Array, ""]) -> Cache:
+    """Returns the cache as it was when `frames` frames were committed."""
+    ...
+
+
+def guided(
+  conditional: ChunkModel, unconditional: ChunkModel, scale: float
+) -> ChunkModel:
+  """Combines two chunk models by classifier-free guidance.
+
+  The velocity is v_u + scale * (v_c - v_u). Each of the two keeps its own
+  cache of the same guided past.
+
+  Args:
+    conditional: the model under the caption.
+    unconditional: the same network under the null caption.
+    scale: guidance scale. At most 1 means no guidance: the conditional model
+      is returned as it is.
+
+  Returns:
+    A chunk model whose cache is the pair of their caches.
+
+  References:
+    Ho, Salimans, Classifier-free diffusion guidance, arXiv 2207.12598.
+  """
+  if scale <= 1:
+    return conditional
+  return _Guided(conditional, unconditional, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guided:
+  """Two chunk models in step; `params` serves both."""
+
+  conditional: ChunkModel
+  unconditional: ChunkModel
+  scale: float
+
+  def init(self, params, batch, frames):
+    return (
+      self.conditional.init(params, batch, frames),
+      self.unconditional.init(params, batch, frames),
+    )
+
+  def velocity(self, params, x, t, cache):
+    conditional, unconditional = cache
+    velocity = guidance.classifier_free(
+      lambda x, t: self.conditional.velocity(params, x, t, conditional),
+      lambda x, t: self.unconditional.velocity(params, x, t, unconditional),
+      self.scale,
+    )
+    return velocity(x, t)
+
+  def append(self, params, x, t, cache):
+    v_c, conditional = self.conditional.append(params, x, t, cache[0])
+    v_u, unconditional = self.unconditional.append(params, x, t, cache[1])
+    velocity = guidance.classifier_free(
+      lambda x, t: v_c, lambda x, t: v_u, self.scale
+    )
+    return velocity(x, t), (conditional, unconditional)
+
+  def rewind(self, cache, frames):
+    return (
+      self.conditional.rewind(cache[0], frames),
+      self.unconditional.rewind(cache[1], frames),
+    )

@@ -1,0 +1,45 @@
+"""The optimizer of every stage: AdamW with a short linear warm-up."""
+
+import optax
+
+
+def adamw(
+  learning_rate: float,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.01,
+  warmup_steps: int = 100,
+  warmup_start: float = 1e-6,
+  clip_norm: float | None = None,
+  decay_mask=None,
+) -> optax.GradientTransformation:
+  """Returns AdamW whose learning rate rises linearly, then stays.
+
+  At its own update k the learning rate is `learning_rate` times
+  `warmup_start + (1 - warmup_start) k / warmup_steps` until k reaches
+  `warmup_steps`, then times 1. An update that was skipped does not count.
+
+  Args:
+    learning_rate: the rate after warm-up.
+    b1: decay of the first moment; distillation stages use 0.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled decay, of all parameters unless `decay_mask`.
+    warmup_steps: length of the warm-up in updates; 0 for none.
+    warmup_start: the first update's fraction of the rate.
+    clip_norm: clips the gradients' global norm; None does not.
+    decay_mask: a tree (or function to one) of booleans, what to decay.
+  """
+  schedule = learning_rate
+  if warmup_steps:
+    schedule = optax.linear_schedule(
+      warmup_start * learning_rate, learning_rate, warmup_steps
+    )
+  update = optax.adamw(
+    schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
+  )
+  if clip_norm is None:
+    return update
+  return optax.chain(optax.clip_by_global_norm(clip_norm), update)

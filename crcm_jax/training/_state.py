@@ -1,0 +1,91 @@
+"""All that a training run must remember, besides its data position."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crcm_jax._typing import Array, Int, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """One state for both phases; a stage without a critic has `fake=None`.
+
+  Attributes:
+    step: iterations done, of either phase; also seeds each step's draws.
+    student: the trained network's parameters.
+    student_opt_state: its optimizer's state.
+    student_updates: updates applied to it (its learning rate's clock).
+    ema: moving average of `student`, at least float32: what is evaluated.
+    fake: the critic's (fake score's) parameters, or None.
+    fake_opt_state: its optimizer's state, or None.
+    fake_updates: updates applied to it.
+    skipped: updates not applied because something was not finite.
+  """
+
+  step: Int[Array, ""]
+  student: Params
+  student_opt_state: optax.OptState
+  student_updates: Int[Array, ""]
+  ema: Params
+  fake: Params | None
+  fake_opt_state: Any
+  fake_updates: Int[Array, ""]
+  skipped: Int[Array, ""]
+
+
+def init_state(
+  student: Params,
+  optimizer: optax.GradientTransformation,
+  *,
+  fake: Params | None = None,
+  fake_optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+  """Returns the state before the first iteration.
+
+  Every leaf is a new buffer: the train step donates the state, which must not
+  delete the arrays it was started from (a teacher's, for `fake`).
+
+  Args:
+    student: initial parameters of the trained network.
+    optimizer: its optimizer.
+    fake: initial parameters of the critic: the bidirectional teacher's.
+    fake_optimizer: the critic's optimizer.
+
+  Raises:
+    ValueError: if only one of `fake` and `fake_optimizer` is given.
+  """
+  if (fake is None) != (fake_optimizer is None):
+    raise ValueError(
+      "`fake` and `fake_optimizer` belong together; got only `"
+      f"{'fake_optimizer' if fake is None else 'fake'}`. Pass both for a "
+      "stage with a critic, neither for one without."
+    )
+  student, fake = _copy(student), _copy(fake)
+  return TrainState(
+    step=_zero(),
+    student=student,
+    student_opt_state=optimizer.init(student),
+    student_updates=_zero(),
+    ema=jax.tree.map(_at_least_float32, student),
+    fake=fake,
+    fake_opt_state=fake_optimizer.init(fake) if fake_optimizer else None,
+    fake_updates=_zero(),
+    skipped=_zero(),
+  )
+
+
+def _zero() -> Int[Array, ""]:
+  return jnp.array(0, jnp.int32)
+
+
+def _copy(params: Params) -> Params:
+  return jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+
+
+def _at_least_float32(p: Array) -> Array:
+  return jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)

@@ -1,0 +1,168 @@
+"""One training iteration, as a pure jitted function of the state.
+
+The student's and the critic's iterations are two functions over one state;
+the loop asks `Alternation.is_student(iteration)` which is due. Both derive
+their randomness from (run key, state.step), so a resumed run repeats nothing
+and stores no key.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crcm_jax._typing import Array, Bool, Params
+from crcm_jax.training._counters import Alternation, Counters
+from crcm_jax.training._ema import ema_exponent, ema_update
+from crcm_jax.training._state import TrainState
+from crcm_jax.training.objectives._objective import Objective
+
+Metrics: TypeAlias = dict[str, Array]
+TrainStep: TypeAlias = Callable[
+  [TrainState, dict[str, Params], Any, Array], tuple[TrainState, Metrics]
+]
+
+
+class Shardings(NamedTuple):
+  """Where the arguments of a train step live; None leaves it to JAX.
+
+  Attributes:
+    state: a `TrainState` of shardings; the new state keeps them.
+    frozen: shardings of the frozen parameters.
+    batch: shardings of a batch.
+  """
+
+  state: Any = None
+  frozen: Any = None
+  batch: Any = None
+
+
+def make_train_step(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  phase: Literal["student", "critic"] = "student",
+  alternation: Alternation | None = None,
+  ema_rate: float = 0.1,
+  shardings: Shardings | None = None,
+) -> TrainStep:
+  """Returns the jitted iteration of one phase.
+
+  The loss is the mean of the objective's per-example losses. If it or its
+  gradient is not finite, the iteration changes neither parameters, moments,
+  nor moving average: it only counts itself in `state.skipped`.
+
+  Args:
+    objective: the stage's loss; for the critic's phase, `Critic`.
+    optimizer: that of the network which this phase trains.
+    phase: which network this phase trains, `state.student` or `state.fake`.
+      The other one joins the objective's frozen parameters by that name.
+    alternation: the run's order of phases, for the counters.
+    ema_rate: relative width of the student's moving average.
+    shardings: where state, frozen parameters and batch live.
+
+  Returns:
+    `step(state, frozen, batch, key) -> (state, metrics)`. The state is
+    donated. `frozen` maps names ("teacher", "real") to parameters; `key` is
+    the run's key, the same at every step. Metrics are float scalars.
+
+  Raises:
+    ValueError: for an unknown phase.
+  """
+  if phase not in ("student", "critic"):
+    raise ValueError(f'`phase` must be "student" or "critic"; got {phase!r}.')
+  alternation = alternation or Alternation()
+  exponent = ema_exponent(ema_rate)
+  advance = {"student": _advance_student, "critic": _advance_critic}[phase]
+
+  def step(state, frozen, batch, key):
+    counters = alternation.counters(state.step)
+    draws = objective.draws(
+      jax.random.fold_in(key, state.step), batch, counters
+    )
+    trained, opt_state, frozen = _roles(phase, state, frozen)
+
+    def mean_loss(params):
+      losses, metrics = objective.loss(params, frozen, batch, draws, counters)
+      return jnp.mean(losses), metrics
+
+    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(
+      trained
+    )
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, new_opt_state = optimizer.update(grads, opt_state, trained)
+    new = optax.apply_updates(trained, updates)
+    state = advance(state, new, new_opt_state, finite, counters, exponent)
+    scalars = {"loss": loss, "grad_norm": grad_norm, **_means(metrics)}
+    return state, scalars | {"skipped": state.skipped.astype(loss.dtype)}
+
+  s = shardings or Shardings()
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(s.state, s.frozen, s.batch, None),
+    out_shardings=(s.state, None),
+  )
+
+
+def _roles(
+  phase: str, state: TrainState, frozen: dict[str, Params]
+) -> tuple[Params, optax.OptState, dict[str, Params]]:
+  """Returns (trained parameters, optimizer state, everything frozen)."""
+  if phase == "student":
+    frozen = frozen if state.fake is None else frozen | {"fake": state.fake}
+    return state.student, state.student_opt_state, frozen
+  frozen = frozen | {"student": state.student}
+  return state.fake, state.fake_opt_state, frozen
+
+
+def _advance_student(
+  state: TrainState,
+  student: Params,
+  opt_state: optax.OptState,
+  finite: Bool[Array, ""],
+  counters: Counters,
+  exponent: float,
+) -> TrainState:
+  ema = ema_update(state.ema, student, counters.student, exponent)
+  return dataclasses.replace(
+    state,
+    step=state.step + 1,
+    student=_where(finite, student, state.student),
+    student_opt_state=_where(finite, opt_state, state.student_opt_state),
+    student_updates=state.student_updates + finite,
+    ema=_where(finite, ema, state.ema),
+    skipped=state.skipped + ~finite,
+  )
+
+
+def _advance_critic(
+  state: TrainState,
+  fake: Params,
+  opt_state: optax.OptState,
+  finite: Bool[Array, ""],
+  counters: Counters,
+  exponent: float,
+) -> TrainState:
+  del counters, exponent  # The critic has no moving average.
+  return dataclasses.replace(
+    state,
+    step=state.step + 1,
+    fake=_where(finite, fake, state.fake),
+    fake_opt_state=_where(finite, opt_state, state.fake_opt_state),
+    fake_updates=state.fake_updates + finite,
+    skipped=state.skipped + ~finite,
+  )
+
+
+def _where(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def _means(metrics: NamedTuple) -> Metrics:
+  """Returns each field of the metrics as one number."""
+  return {name: jnp.mean(value) for name, value in metrics._asdict().items()}
