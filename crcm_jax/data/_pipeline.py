@@ -1,0 +1,209 @@
+"""Batches of moving digits: TFDS random access, then Grain.
+
+  clips -> shuffle -> this process's share -> epochs -> batches -> latents, text
+
+Grain indexes every step of this chain, so an iterator's position is one
+number: `get_state()` and `set_state(state)` resume exactly.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from crcm_jax._extras import require
+from crcm_jax.data import _latents, _text
+from crcm_jax.data._batch import Batch
+from crcm_jax.data._clips import Labels, Split
+
+_T = TypeVar("_T", covariant=True)
+
+
+class ResumableIterator(Iterator[_T], Protocol[_T]):
+  """An iterator whose position can be saved."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position: what comes next, as JSON can hold it."""
+    ...
+
+  def set_state(self, state: dict[str, Any], /) -> None:
+    """Moves to a position that `get_state` returned."""
+    ...
+
+
+class LabelledBatch(NamedTuple):
+  """A batch with what is known about its clips, for evaluation."""
+
+  batch: Batch
+  captions: tuple[str, ...]
+  """One for each clip."""
+  labels: Labels
+  """NumPy arrays with leading axis b."""
+
+
+def prepare_moving_digits(
+  data_dir: str | os.PathLike[str], **settings: Any
+) -> Any:
+  """Writes the dataset `moving_digits` under `data_dir`, once.
+
+  Takes about ten seconds on one core and 45 MB for the usual 8,192 + 1,024
+  clips. Where several processes share a folder, one of them prepares first.
+
+  Args:
+    data_dir: the folder for TFDS datasets.
+    **settings: `channels` (1 grey, 3 RGB), `frames`, `train_clips`,
+      `test_clips`, `seed`. Each choice lies in a folder of its own.
+
+  Returns:
+    The TFDS builder: `builder.as_data_source("train")` reads single clips.
+
+  Raises:
+    ImportError: if the extra `data` is missing.
+    ValueError: if a setting is out of range.
+  """
+  require("tensorflow_datasets", extra="data")
+  from crcm_jax.data import moving_digits
+
+  return moving_digits.prepare(data_dir, **settings)
+
+
+def moving_digits_batches(
+  builder: Any,
+  *,
+  split: Split,
+  batch_size: int,
+  frames: int,
+  seed: int = 0,
+  shuffle: bool = True,
+  epochs: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> ResumableIterator[Batch]:
+  """Iterates over batches of latents and caption embeddings, for training.
+
+  Within an epoch the processes read disjoint clips, and all of them together,
+  except a remainder that does not divide among processes or into batches.
+
+  Args:
+    builder: what `prepare_moving_digits` returned.
+    split: "train" or "test".
+    batch_size: clips in a batch of all processes together.
+    frames: the first so many of each clip: captions tell how it starts.
+    seed: of the shuffle; every epoch has another order.
+    shuffle: False keeps the order of the files.
+    epochs: how often each clip is read; None is for ever.
+    process_index: of this process, `jax.process_index()`.
+    process_count: of all processes, `jax.process_count()`.
+
+  Returns:
+    An iterator of `Batch` with float32 NumPy arrays: `x_0`
+    `[batch_size / process_count, frames, 8, 8, 16]`, `condition` and
+    `null_condition` `[batch_size / process_count, 8, 32]`.
+
+  Raises:
+    ImportError: if the extra `data` is missing.
+    ValueError: if `batch_size` does not divide among the processes, there are
+      too few clips for a batch, or the clips have fewer than `frames` frames.
+  """
+  _check_processes(batch_size, process_index, process_count)
+  clips = _read_clips(builder, split, frames)
+  if shuffle:
+    clips = clips.shuffle(seed=seed)
+  stop = len(clips) // process_count * process_count
+  share = clips[process_index:stop:process_count].repeat(epochs)
+  return _iterate(share, batch_size // process_count, _batch)
+
+
+def labelled_moving_digits(
+  builder: Any, *, split: Split = "test", batch_size: int, frames: int
+) -> Iterator[LabelledBatch]:
+  """Iterates once over a split, in a fixed order, for evaluation.
+
+  Args:
+    builder: what `prepare_moving_digits` returned.
+    split: "train" or "test".
+    batch_size: clips in a batch; a smaller last batch is dropped.
+    frames: the first so many of each clip.
+
+  Returns:
+    An iterator of `LabelledBatch`.
+
+  Raises:
+    ImportError: if the extra `data` is missing.
+    ValueError: as `moving_digits_batches`.
+  """
+  clips = _read_clips(builder, split, frames)
+  return _iterate(clips, batch_size, _labelled_batch)
+
+
+def _check_processes(batch_size: int, index: int, count: int) -> None:
+  if not 0 <= index < count:
+    raise ValueError(
+      f"`process_index` must lie in [0, {count}), `process_count` being"
+      f" {count}; got {index}. Pass `jax.process_index()` and"
+      " `jax.process_count()`."
+    )
+  if batch_size % count:
+    raise ValueError(
+      f"`batch_size` must be a multiple of the {count} processes, for it"
+      f" counts the clips of all together; got {batch_size}. The next smaller"
+      f" one is {batch_size // count * count}."
+    )
+
+
+def _read_clips(builder: Any, split: str, frames: int) -> Any:
+  """Returns a Grain dataset of dictionaries, cut to their first frames."""
+  if split not in get_args(Split):
+    raise ValueError(
+      f"`split` must be one of {get_args(Split)}; got {split!r}."
+    )
+  available = builder.info.features["video"].shape[0]
+  if not 1 <= frames <= available:
+    raise ValueError(
+      f"`frames` must lie in [1, {available}], the length of the prepared"
+      f" clips; got {frames}. Longer clips come from"
+      f" `prepare_moving_digits(data_dir, frames={max(frames, 1)})`."
+    )
+  grain = require("grain", extra="data")
+  source = builder.as_data_source(split)
+  return grain.MapDataset.source(source).map(lambda clip: _cut(clip, frames))
+
+
+def _cut(clip: dict[str, Any], frames: int) -> dict[str, Any]:
+  timed = ("video", "positions", "velocities")
+  return {k: v[:frames] if k in timed else v for k, v in clip.items()}
+
+
+def _iterate(
+  clips: Any, batch_size: int, make: Callable[[Sequence[dict[str, Any]]], Any]
+) -> Any:
+  """Returns an iterator of batches, one thread working ahead."""
+  grain = require("grain", extra="data")
+  if len(clips) < batch_size:
+    raise ValueError(
+      f"`batch_size` must be at most the {len(clips)} clips that a process"
+      f" reads; got {batch_size} for each process. Prepare more clips."
+    )
+  batches = clips.batch(batch_size, drop_remainder=True, batch_fn=make)
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  return iter(batches.to_iter_dataset(options))
+
+
+def _batch(clips: Sequence[dict[str, Any]]) -> Batch:
+  video = np.stack([clip["video"] for clip in clips])
+  pixels = video.astype(np.float32) / 127.5 - 1
+  return Batch(
+    x_0=_latents.latents_from_video(pixels),
+    condition=_text.encode_captions(_captions(clips)),
+    null_condition=_text.encode_captions([_text.NULL_CAPTION] * len(clips)),
+  )
+
+
+def _labelled_batch(clips: Sequence[dict[str, Any]]) -> LabelledBatch:
+  fields = (np.stack([clip[name] for clip in clips]) for name in Labels._fields)
+  return LabelledBatch(_batch(clips), _captions(clips), Labels(*fields))
+
+
+def _captions(clips: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+  return tuple(clip["caption"].decode() for clip in clips)  # TFDS gives bytes
