@@ -8,9 +8,10 @@ number: `get_state()` and `set_state(state)` resume exactly.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args, NamedTuple, Protocol, TypeVar
+from typing import Any, cast, get_args, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from jaxtyping import Array
 
 from crcm_jax._extras import require
 from crcm_jax.data import _latents, _text
@@ -194,7 +195,7 @@ def _batch(clips: Sequence[dict[str, Any]]) -> Batch:
   video = np.stack([clip["video"] for clip in clips])
   pixels = video.astype(np.float32) / 127.5 - 1
   return Batch(
-    x_0=_latents.latents_from_video(pixels),
+    x_0=cast(Array, _latents.latents_from_video(pixels)),
     condition=_text.encode_captions(_captions(clips)),
     null_condition=_text.encode_captions([_text.NULL_CAPTION] * len(clips)),
   )

@@ -20,6 +20,7 @@ its own. The null caption, "", has one symbol that no other caption uses.
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,11 +56,7 @@ _ROLES = {
   "speed": SPEED_WORDS,
 }
 _FUNCTION_WORDS = ("moving", "and")
-_VOCABULARY = (
-  *(w for words in _ROLES.values() for w in words),
-  "moving",
-  "and",
-)
+_VOCABULARY = (*itertools.chain(*_ROLES.values()), *_FUNCTION_WORDS)
 _MAX_CLAUSES = TEXT_LENGTH // len(_ROLES)
 
 # The symbol table: the null symbol, then each role's unsaid symbol and words.
@@ -94,7 +91,8 @@ def write_caption(clauses: Sequence[Clause]) -> str:
     The caption; `read_caption` inverts it.
 
   Example:
-    >>> write_caption([Clause("seven", "left", "up", "fast"), Clause("two", "", "down")])
+    >>> seven = Clause("seven", "left", "up", "fast")
+    >>> write_caption([seven, Clause("two", vertical="down")])
     'seven moving left and up, fast; two moving down'
   """
   return "; ".join(map(_write_clause, clauses))

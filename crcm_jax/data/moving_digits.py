@@ -147,7 +147,9 @@ def prepare(data_dir: str | os.PathLike[str], **settings: Any) -> MovingDigits:
   )
   # Without this TFDS would look for a ready-made copy on the network.
   download = tfds.download.DownloadConfig(try_download_gcs=False)
-  # TFDS announces a download of unknown size, but nothing is downloaded.
+  # TFDS announces a download of unknown size, but nothing is downloaded, and
+  # its progress bars would break those of the run that waits.
+  tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare(download_config=download)
   return builder
