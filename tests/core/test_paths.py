@@ -1,0 +1,104 @@
+"""Paths: golden time maps, closed forms, and the two parameterisations."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crcm_jax import paths
+from crcm_jax.testing import golden
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+MISC = golden.load(GOLDEN / "misc.npz")
+unit = st.floats(0, 1, width=32)
+
+
+def test_angles_and_times_match_the_reference():
+  with jax.enable_x64(True):
+    t = jnp.asarray(MISC["rf_t"])
+    angle = jnp.asarray(MISC["trigwrap_t"])
+    np.testing.assert_allclose(
+      paths.angle_from_time(t), MISC["rf_to_trig"], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+      paths.time_from_angle(angle), MISC["trig_to_rf_of_trigwrap_t"], rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("shift", [1, 3, 5])
+def test_shifts_match_the_reference(shift):
+  with jax.enable_x64(True):
+    t = jnp.asarray(MISC["rf_t"])
+    for name, k in (("shift", float(shift)), ("inverse_shift", 1 / shift)):
+      np.testing.assert_allclose(
+        paths.shift_time(t, k), MISC[f"{name}_{shift}"], rtol=1e-12
+      )
+
+
+@settings(max_examples=50, deadline=None)
+@given(t=unit, shift=st.floats(0.1, 20))
+def test_time_maps_invert(t, shift):
+  t = jnp.float32(t)
+  angle = paths.angle_from_time(t)
+  np.testing.assert_allclose(paths.time_from_angle(angle), t, atol=3e-7)
+  back = paths.shift_time(paths.shift_time(t, shift), 1 / shift)
+  np.testing.assert_allclose(back, t, rtol=1e-5, atol=1e-6)
+
+
+def test_interpolation_keeps_its_ends_and_its_dtype():
+  x_0, noise = jnp.arange(12.0).reshape(2, 3, 2), jnp.ones((2, 3, 2))
+  t = jnp.array([[0.0, 0.5, 1.0]] * 2)
+  x_t = paths.interpolate(x_0, noise, t)
+  np.testing.assert_array_equal(x_t[:, 0], x_0[:, 0])
+  np.testing.assert_array_equal(x_t[:, 2], noise[:, 2])
+  half = paths.interpolate(
+    x_0.astype(jnp.bfloat16), noise.astype(jnp.bfloat16), t
+  )
+  assert half.dtype == jnp.bfloat16
+  v = noise - x_0
+  np.testing.assert_allclose(paths.data_prediction(x_t, v, t), x_0, atol=1e-6)
+
+
+def test_trigflow_is_the_same_path_at_another_scale():
+  key = jax.random.split(jax.random.key(0), 4)
+  x_0, noise, v = jax.random.normal(key[0], (3, 2, 3, 4))
+  t = jax.random.uniform(key[1], (2, 3))
+  velocity = lambda x, time: v + x * time[..., None]
+  angle = paths.angle_from_time(t)
+  x_t = paths.interpolate(x_0, noise, t)
+  x_a = paths.trigflow_interpolate(x_0, noise, angle)
+  z = (jnp.cos(angle) + jnp.sin(angle))[..., None]
+  np.testing.assert_allclose(x_a, z * x_t, rtol=1e-5, atol=1e-6)
+  f = paths.trigflow_velocity(velocity)(x_a, angle)
+  np.testing.assert_allclose(
+    paths.trigflow_data_prediction(x_a, f, angle),
+    paths.data_prediction(x_t, velocity(x_t, t), t),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def test_trigflow_velocity_has_the_references_coefficients():
+  """F = (cos a x - c_skip x - c_out v(c_in x)) / sin a, in the reference."""
+  with jax.enable_x64(True):
+    inner = slice(2, -1)  # the reference divides by sin a
+    angle = jnp.asarray(MISC["trigwrap_t"][inner])
+    c_skip, c_out, c_in = (
+      MISC[f"trigwrap_{name}"][inner] for name in ("c_skip", "c_out", "c_in")
+    )
+    x = jnp.linspace(-2, 2, angle.size)
+    f = paths.trigflow_velocity(lambda x_t, t: jnp.sin(3 * x_t) + t)(x, angle)
+    t = MISC["trigwrap_c_noise"][inner] / 1000
+    expected = (
+      np.cos(angle) * x - c_skip * x - c_out * (np.sin(3 * c_in * x) + t)
+    )
+    np.testing.assert_allclose(f, expected / np.sin(angle), rtol=1e-9)
+
+
+def test_a_shift_that_is_not_positive_is_refused():
+  with pytest.raises(ValueError, match="`shift` must be positive"):
+    paths.shift_time(jnp.array(0.5), 0.0)

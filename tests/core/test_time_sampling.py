@@ -1,0 +1,103 @@
+"""Training-time laws: golden values, inverses, and FoPP."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crcm_jax import time_sampling
+from crcm_jax.testing import golden
+from crcm_jax.time_sampling import LogitNormal, ShiftedUniform
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+MISC = golden.load(GOLDEN / "misc.npz")
+LAWS = {
+  "lognormal_-0.8_1.6": LogitNormal(-0.8, 1.6),
+  "lognormal_0.7_1.6": LogitNormal(0.7, 1.6),
+  "uniformshift_5": ShiftedUniform(5.0),
+  "uniformshift_3": ShiftedUniform(3.0),
+  "uniformshift_0": ShiftedUniform(1.0),  # the reference's 0: no shift
+}
+monotone = jax.jit(time_sampling.monotone, static_argnums=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_laws_match_the_reference(name):
+  law = LAWS[name]
+  with jax.enable_x64(True):
+    raw = jnp.asarray(MISC[f"sample_{name}_raw"].astype(np.float64))
+    pairs = (
+      (law.from_raw(raw), f"sample_{name}_t"),
+      (law.cdf(jnp.asarray(MISC["rf_t"])), f"cdf_{name}"),
+      (law.icdf(jnp.asarray(MISC["icdf_u"])), f"icdf_{name}"),
+    )
+    for ours, recorded in pairs:
+      # The reference's erfinv(2 u - 1) loses digits at u = 1e-9, ours does not.
+      np.testing.assert_allclose(
+        ours, MISC[recorded], rtol=1e-9, atol=1e-12, err_msg=recorded
+      )
+
+
+@pytest.mark.parametrize(
+  ("name", "law"),
+  [("us5", ShiftedUniform(5.0)), ("ln", LogitNormal(-0.8, 1.6))],
+)
+def test_monotone_matches_the_reference(name, law):
+  draws = ("anchor_idx", "anchor_t", "fopp_exp_0", "fopp_exp_1")
+  with jax.enable_x64(True):
+    recorded = [jnp.asarray(MISC[f"fopp_{name}_{draw}"]) for draw in draws]
+    t = time_sampling.monotone_from_draws(law, *recorded)
+    np.testing.assert_allclose(t, MISC[f"fopp_{name}_t"], rtol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(u=st.floats(0.01, 0.99), name=st.sampled_from(list(LAWS)))
+def test_distribution_functions_invert(u, name):
+  law, u = LAWS[name], jnp.float32(u)
+  np.testing.assert_allclose(law.cdf(law.icdf(u)), u, rtol=1e-4)
+
+
+@pytest.mark.parametrize("law", LAWS.values())
+def test_samples_follow_their_law(law):
+  t = law.sample(jax.random.key(0), (4000,))
+  assert t.dtype == jnp.float32
+  u = np.sort(law.cdf(t))
+  # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
+  assert np.abs(u - np.linspace(0, 1, u.size)).max() < 1.95 / np.sqrt(u.size)
+
+
+def test_monotone_times_increase_and_keep_the_anchor():
+  law = LogitNormal(-0.8, 1.6)
+  t = monotone(jax.random.key(1), law, 500, 5)
+  assert t.shape == (500, 5)
+  assert (jnp.diff(t, axis=1) >= 0).all()
+  anchor_key, time_key, *_ = jax.random.split(jax.random.key(1), 4)
+  anchor = jax.random.randint(anchor_key, (500,), 0, 5)
+  np.testing.assert_allclose(
+    t[jnp.arange(500), anchor], law.sample(time_key, (500,)), rtol=1e-4
+  )
+
+
+def test_monotone_chunks_differ_in_law():
+  """SPEC S10: the chunks' marginals are not the anchor's law."""
+  t = monotone(jax.random.key(2), ShiftedUniform(1.0), 20000, 5)
+  np.testing.assert_allclose(
+    t.mean(0), [0.229, 0.377, 0.500, 0.623, 0.771], atol=0.01
+  )
+
+
+def test_monotone_of_one_chunk_is_the_law():
+  t = monotone(jax.random.key(3), ShiftedUniform(5.0), 4, 1)
+  assert t.shape == (4, 1)
+  assert jnp.isfinite(t).all()
+
+
+def test_laws_refuse_settings_without_meaning():
+  with pytest.raises(ValueError, match="`std` must be positive"):
+    LogitNormal(0.0, 0.0)
+  with pytest.raises(ValueError, match="`shift` must be positive"):
+    ShiftedUniform(0.0)
