@@ -1,0 +1,86 @@
+"""A `Wan` under one prompt, chunk by chunk: a `sampling.ChunkModel`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crcm_jax._typing import Array, Float, Params
+from crcm_jax.models._cache import Cache, empty_past
+from crcm_jax.models._checks import check_text
+from crcm_jax.models._wan import Latents, Times, Wan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WanChunks:
+  """Generates one chunk after another against cached keys and values.
+
+  Attributes:
+    model: the network.
+    text: embeddings of the prompts.
+    height: rows of a latent frame.
+    width: columns of a latent frame.
+
+  Example:
+    >>> chunks = WanChunks(model, text, height=60, width=104)  # doctest: +SKIP
+    >>> cache = chunks.init(params, batch=1, frames=21)  # doctest: +SKIP
+    >>> v = chunks.velocity(params, x, t, cache)  # doctest: +SKIP
+    >>> v, cache = chunks.append(params, x_0, 0 * t, cache)  # doctest: +SKIP
+  """
+
+  model: Wan
+  text: Float[Array, "b l d"]
+  _: dataclasses.KW_ONLY
+  height: int
+  width: int
+
+  def init(self, params: Params, batch: int, frames: int) -> Cache:
+    """Returns an empty cache with room for `frames`, prompt included.
+
+    Gradient flows from the prompt's keys and values to `params`: call it
+    inside the differentiated function where they shall learn.
+
+    Args:
+      params: parameters of the network.
+      batch: number of videos; the prompts' batch.
+      frames: latent frames the cache shall hold.
+
+    Raises:
+      ValueError: if the prompts do not fit the batch or the config.
+    """
+    config = self.model.config
+    check_text(config, self.text, batch)
+    text = self._apply("text_keys_values", params, self.text)
+    tokens = frames * config.tokens_per_frame(self.height, self.width)
+    past = empty_past(
+      config.layers,
+      batch,
+      tokens,
+      config.heads,
+      config.head_width,
+      text.keys.dtype,
+    )
+    start = jnp.zeros((), jnp.int32)
+    return Cache(past=past, text=text, frames=start, position=start)
+
+  def velocity(
+    self, params: Params, x: Latents, t: Times, cache: Cache
+  ) -> Latents:
+    """Predicts the next chunk's velocity; the cache is only read."""
+    return self._apply("chunk_velocity", params, x, t, cache)
+
+  def append(
+    self, params: Params, x: Latents, t: Times, cache: Cache
+  ) -> tuple[Latents, Cache]:
+    """Stores the next chunk's keys and values, in place if donated.
+
+    Nothing of it is differentiable, its velocity neither. The caller sees to
+    it that the cache has room: its fill is known at run time only.
+    """
+    params, x, past = jax.lax.stop_gradient((params, x, cache))
+    v, stored = self._apply("chunk_append", params, x, t, past)
+    return v, dataclasses.replace(stored, text=cache.text)
+
+  def _apply(self, method: str, params: Params, *args: Any) -> Any:
+    return self.model.apply({"params": params}, *args, method=method)

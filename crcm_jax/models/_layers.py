@@ -1,0 +1,248 @@
+"""The parts of a Wan transformer (SPEC section 1).
+
+Every layer computes in the dtype of its input, with its parameters cast to
+it; where precision changes, a cast is written out (see `Precision`). Tokens
+keep their frame as an axis, `[b f p m]` with p tokens a frame and m the width,
+so that modulation is one row a frame, `[b f 1 m]`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crcm_jax._typing import Array, Float
+from crcm_jax.models._config import WanConfig
+from crcm_jax.models._rope import RopeTable, rotate
+
+Tokens: TypeAlias = Float[Array, "b f p m"]
+Heads: TypeAlias = Float[Array, "b s n d"]
+Attend: TypeAlias = Callable[[Array, Array, Array], Array]
+"""`attend(q, k, v) -> o`, with mask and context closed over."""
+
+
+class KeysValues(NamedTuple):
+  """Keys, normalised and rotated, and values of one attention layer."""
+
+  keys: Heads
+  values: Heads
+
+
+small_normal = nn.initializers.normal(0.02)
+xavier = nn.initializers.xavier_uniform()
+
+
+def width_normal(width: int) -> nn.initializers.Initializer:
+  """Truncated normal of standard deviation 1 / sqrt(width)."""
+  return nn.initializers.truncated_normal(width**-0.5, lower=-3.0, upper=3.0)
+
+
+def layer_norm(x: Float[Array, "*b m"], eps: float) -> Float[Array, "*b m"]:
+  """LN(x): zero mean and unit variance over the width, no parameters."""
+  x = x - jnp.mean(x, axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _last_axis(a: Float[Array, " m"], like: Array) -> Array:
+  return a.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Linear(nn.Module):
+  """y = x W + b."""
+
+  features: int
+  param_dtype: Any
+  kernel_init: nn.initializers.Initializer = xavier
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    """Applies the layer in the dtype of `x`."""
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+    bias = self.param(
+      "bias", nn.initializers.zeros, (self.features,), self.param_dtype
+    )
+    return x @ kernel.astype(x.dtype) + _last_axis(bias, x)
+
+
+class Mlp(nn.Module):
+  """Linear, activation, Linear."""
+
+  hidden: int
+  features: int
+  activation: Callable[[Array], Array]
+  param_dtype: Any
+  kernel_init: nn.initializers.Initializer = xavier
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    """Applies the layers in the dtype of `x`."""
+    up = Linear(self.hidden, self.param_dtype, self.kernel_init, name="up")
+    down = Linear(
+      self.features, self.param_dtype, self.kernel_init, name="down"
+    )
+    return down(self.activation(up(x)))
+
+
+class RmsNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * scale, over the full width of all heads."""
+
+  eps: float
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+    """Applies the norm in the dtype of `x`."""
+    scale = self.param(
+      "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
+    )
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    return x * _last_axis(scale, x)
+
+
+class AffineLayerNorm(nn.Module):
+  """LN(x) * scale + bias."""
+
+  eps: float
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+    """Applies the norm in the dtype of `x`."""
+    m = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, m, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, m, self.param_dtype)
+    return layer_norm(x, self.eps) * _last_axis(scale, x) + _last_axis(bias, x)
+
+
+class Attention(nn.Module):
+  """The projections around an attention operation, own or cross."""
+
+  config: WanConfig
+
+  def setup(self):
+    """Makes the four projections and the two norms."""
+    config = self.config
+    linear = lambda: Linear(
+      config.width, config.param_dtype, width_normal(config.width)
+    )
+    self.query, self.key, self.value, self.out = (linear() for _ in range(4))
+    self.query_norm = RmsNorm(config.eps, config.param_dtype)
+    self.key_norm = RmsNorm(config.eps, config.param_dtype)
+
+  def queries(self, x: Tokens, rope: RopeTable | None = None) -> Heads:
+    """Projects tokens to normalised, rotated queries."""
+    return self._normed(self.query(x), self.query_norm, rope)
+
+  def keys_values(
+    self, x: Float[Array, "b *s m"], rope: RopeTable | None = None
+  ) -> KeysValues:
+    """Projects tokens to normalised, rotated keys and to values."""
+    keys = self._normed(self.key(x), self.key_norm, rope)
+    return KeysValues(keys, self._heads(self.value(x)))
+
+  def output(self, o: Heads, like: Tokens) -> Tokens:
+    """Merges the heads and projects them back to tokens shaped as `like`."""
+    return self.out(o.reshape(like.shape))
+
+  def _heads(self, x: Float[Array, "b *s m"]) -> Heads:
+    return x.reshape(x.shape[0], -1, self.config.heads, self.config.head_width)
+
+  def _normed(self, x: Array, norm: RmsNorm, rope: RopeTable | None) -> Heads:
+    island = self.config.precision(x.dtype).island
+    heads = self._heads(norm(x.astype(island)))
+    return (heads if rope is None else rotate(heads, rope)).astype(x.dtype)
+
+
+class Block(nn.Module):
+  """One transformer block: self-attention, cross-attention, feed-forward.
+
+  y = LN(x)(1 + m_1) + m_0;  x += SelfAttention(y) m_2;
+  x += CrossAttention(LN_affine(x), text);
+  y = LN(x)(1 + m_4) + m_3;  x += FFN(y) m_5,  m = modulation + e_6.
+  """
+
+  config: WanConfig
+
+  def setup(self):
+    """Makes the layers."""
+    config, dtype = self.config, self.config.param_dtype
+    self.modulation = self.param(
+      "modulation", width_normal(config.width), (6, config.width), dtype
+    )
+    self.self_attention = Attention(config)
+    self.cross_norm = AffineLayerNorm(config.eps, dtype)
+    self.cross_attention = Attention(config)
+    self.ffn = Mlp(config.ffn_width, config.width, nn.gelu, dtype)
+
+  def text_keys_values(self, text: Float[Array, "b l m"]) -> KeysValues:
+    """Computes what cross-attention reads, once for all streams and steps."""
+    return self.cross_attention.keys_values(text)
+
+  def __call__(
+    self,
+    x: Tokens,
+    e_6: Float[Array, "#b #f 6 m"],
+    rope: RopeTable,
+    text: KeysValues,
+    attend: Attend,
+    cross_attend: Attend,
+  ) -> tuple[Tokens, KeysValues]:
+    """Runs one stream through the block.
+
+    Args:
+      x: the residual stream, at least float32.
+      e_6: time features of the six modulation rows, per frame.
+      rope: cosines and sines of the tokens' positions.
+      text: keys and values of the text.
+      attend: self-attention of this stream's queries, keys and values.
+      cross_attend: attention without mask.
+
+    Returns:
+      The stream, and this layer's keys and values of its tokens.
+    """
+    compute = self.config.precision(x.dtype).compute
+    eps = self.config.eps
+    # [6, b, f, 1, m]: row i modulates all tokens of a frame.
+    m = jnp.moveaxis(e_6 + self.modulation.astype(x.dtype)[None, None], 2, 0)
+    m = m[..., None, :]
+
+    y = (layer_norm(x, eps) * (1 + m[1]) + m[0]).astype(compute)
+    own = self.self_attention.keys_values(y, rope)
+    o = attend(self.self_attention.queries(y, rope), *own)
+    x = x + self.self_attention.output(o, y).astype(x.dtype) * m[2]
+
+    y = self.cross_norm(x).astype(compute)
+    o = cross_attend(self.cross_attention.queries(y), *text)
+    x = x + self.cross_attention.output(o, y).astype(x.dtype)
+
+    y = (layer_norm(x, eps) * (1 + m[4]) + m[3]).astype(compute)
+    return x + self.ffn(y).astype(x.dtype) * m[5], own
+
+
+class Head(nn.Module):
+  """Linear(LN(x)(1 + m_1) + m_0), m = modulation + e; initially zero."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Tokens, e: Float[Array, "#b #f m"]
+  ) -> Float[Array, "b f p o"]:
+    """Projects tokens to the features of their patches."""
+    config = self.config
+    modulation = self.param(
+      "modulation",
+      width_normal(config.width),
+      (2, config.width),
+      config.param_dtype,
+    )
+    m = e[:, :, None] + modulation.astype(e.dtype)[None, None]
+    y = layer_norm(x, config.eps) * (1 + m[:, :, 1:]) + m[:, :, :1]
+    features = config.patch[1] * config.patch[2] * config.out_channels
+    out = Linear(
+      features, config.param_dtype, nn.initializers.zeros, name="out"
+    )
+    return out(y)

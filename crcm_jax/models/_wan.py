@@ -1,0 +1,350 @@
+"""The causal Wan transformer, bidirectional, block-causal, or cached.
+
+One set of parameters serves every mode. Layers are scanned: a mode is a body
+that runs one layer on its carry.
+
+* bidirectional, block-causal: the carry is one stream of tokens.
+* teacher forcing: the carry is a tuple (clean, noisy). Clean tokens never read
+  noisy ones, so the clean stream runs beside the noisy one and yields, layer
+  by layer, the keys and values that the noisy stream reads as context. Under
+  `jax.jvp` in (x, t) alone the clean half of the tuple keeps symbolically zero
+  tangents and costs nothing.
+* cached: the context is what earlier chunks left behind.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crcm_jax import kernels
+from crcm_jax._typing import Array, Float, Int
+from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models._cache import Cache, read_layer, write_layer
+from crcm_jax.models._checks import check_call, check_chunk
+from crcm_jax.models._config import WanConfig
+from crcm_jax.models._layers import (
+  Block,
+  Head,
+  KeysValues,
+  Linear,
+  Mlp,
+  small_normal,
+  xavier,
+)
+from crcm_jax.models._patches import patchify, unpatchify
+from crcm_jax.models._remat import REMAT_POLICIES
+from crcm_jax.models._rope import rope_table, RopeTable
+from crcm_jax.models._time import sinusoid
+
+Latents = Float[Array, "b f h w c"]
+Times = Float[Array, "b f"]
+Text = Float[Array, "b l d"]
+
+
+class Stream(NamedTuple):
+  """The tokens of a video and the features of their times."""
+
+  tokens: Float[Array, "b f p m"]
+  e: Float[Array, "#b #f m"]
+  """Time features, for the head."""
+  e_6: Float[Array, "#b #f 6 m"]
+  """Time features, for the six modulation rows of each block."""
+
+
+class Wan(nn.Module):
+  """Predicts the velocity of latent video, noise - x_0 (SPEC section 1).
+
+  Attributes:
+    config: sizes and precision.
+    attention: the attention operation, `kernels.attention` or a form of it
+      (sharded, say) with the same signature.
+
+  Example:
+    >>> model = Wan(WanConfig(layers=2, width=32, heads=2, ffn_width=64,
+    ...                       text_width=8, text_length=4))
+    >>> x, t = jnp.ones((1, 3, 4, 4, 16)), jnp.full((1, 3), 0.5)
+    >>> text = jnp.ones((1, 4, 8))
+    >>> params = model.init(jax.random.key(0), x, t, text)["params"]
+    >>> velocity = model.apply({"params": params}, x, t, text)
+  """
+
+  config: WanConfig
+  attention: Callable[..., Array] = kernels.attention
+
+  def setup(self):
+    """Makes the layers; the parameters of `blocks` are stacked."""
+    config = self.config
+    width, dtype = config.width, config.param_dtype
+    mlp = functools.partial(
+      Mlp, width, width, param_dtype=dtype, kernel_init=small_normal
+    )
+    self.patch_embedding = Linear(width, dtype, xavier)
+    self.text_embedding = mlp(activation=nn.gelu)
+    self.time_embedding = mlp(activation=nn.silu)
+    self.time_projection = Linear(6 * width, dtype, xavier)
+    self.blocks = Block(config)
+    self.head = Head(config)
+
+  def __call__(
+    self,
+    x: Latents,
+    t: Times,
+    text: Text,
+    *,
+    pattern: ChunkPattern | None = None,
+    context: Latents | None = None,
+    context_t: Times | None = None,
+    context_gradient: bool = True,
+  ) -> Latents:
+    """Predicts the velocity of all frames.
+
+    Without `pattern` every frame sees every frame. With it, a frame sees its
+    own chunk and the chunks before it. With `context` too (teacher forcing),
+    it sees its own chunk of `x` and, before it, the chunks of `context`.
+
+    Args:
+      x: latents at times `t`.
+      t: one rectified-flow time a frame, in [0, 1], at least float32.
+      text: embeddings of the prompt.
+      pattern: how latent frames group into chunks.
+      context: the history, clean or noisy latents.
+      context_t: its times; None is 0, clean.
+      context_gradient: whether gradient flows through the keys and values of
+        the context. False stops it in every layer, as a cache does.
+
+    Returns:
+      The velocity, at least float32.
+
+    Raises:
+      ValueError: if shapes do not fit each other, the config or the pattern.
+      TypeError: if times are narrower than float32.
+    """
+    check_call(self.config, x, t, text, pattern, context, context_t)
+    rope = self._rope(x)
+    text = self.text_embedding(self._compute(text, x))
+    noisy = self._stream(x, t)
+    boundaries = pattern and self._boundaries(pattern, x)
+    if context is None:
+      tokens = self._one_stream(noisy, rope, text, boundaries)
+    else:
+      assert boundaries is not None  # check_call saw to it
+      if context_t is None:  # one time serves all frames
+        context_t = jnp.zeros((1, 1), t.dtype)
+      clean = self._stream(context, context_t)
+      tokens = self._two_streams(
+        clean, noisy, rope, text, boundaries, context_gradient
+      )
+    return self._velocity(tokens, noisy.e, x.shape[2])
+
+  def text_keys_values(self, text: Text) -> KeysValues:
+    """Computes every layer's keys and values of a prompt.
+
+    Args:
+      text: embeddings of the prompt.
+
+    Returns:
+      Keys and values, `[layers b l n d]`.
+    """
+    text = self.text_embedding(self._compute(text, text))
+
+    def body(block: Block, carry: None, xs: None):
+      del xs
+      return carry, block.text_keys_values(text)
+
+    return self._scan(body, None)[1]
+
+  def chunk_velocity(self, x: Latents, t: Times, cache: Cache) -> Latents:
+    """Predicts the velocity of the frames that follow those of a cache.
+
+    The chunk attends to the cached frames and to itself. Gradient flows
+    through its own keys and values, never into the cached frames.
+
+    Args:
+      x: the chunk's latents.
+      t: their times.
+      cache: the frames before it, and the prompt.
+
+    Returns:
+      The velocity.
+
+    Raises:
+      ValueError: if shapes do not fit each other, the config or the cache.
+      TypeError: if times are narrower than float32.
+    """
+    stream, layer_step = self._chunk(x, t, cache)
+
+    def body(block: Block, tokens: Array, xs: tuple[KeysValues, KeysValues]):
+      return layer_step(block, tokens, *xs)[0], None
+
+    xs = (jax.lax.stop_gradient(cache.past), cache.text)
+    tokens, _ = self._scan(body, stream.tokens, xs)
+    return self._velocity(tokens, stream.e, x.shape[2])
+
+  def chunk_append(
+    self, x: Latents, t: Times, cache: Cache
+  ) -> tuple[Latents, Cache]:
+    """As `chunk_velocity`, and stores the chunk's keys and values.
+
+    The cached frames are in the carry, so that a donated cache is written in
+    place, layer by layer.
+
+    Args:
+      x: the chunk's latents.
+      t: their times.
+      cache: the frames before it, and the prompt.
+
+    Returns:
+      The velocity, and the cache with the chunk's frames.
+
+    Raises:
+      ValueError: if shapes do not fit each other, the config or the cache.
+      TypeError: if times are narrower than float32.
+    """
+    stream, layer_step = self._chunk(x, t, cache)
+    slot = self._slot(x, cache)
+
+    def body(block: Block, carry: tuple[Array, KeysValues], xs: Any):
+      (tokens, past), (layer, text) = carry, xs
+      tokens, own = layer_step(block, tokens, read_layer(past, layer), text)
+      return (tokens, write_layer(past, layer, slot, own)), None
+
+    layers = jnp.arange(self.config.layers, dtype=jnp.int32)
+    carry = (stream.tokens, cache.past)
+    (tokens, past), _ = self._scan(body, carry, (layers, cache.text))
+    velocity = self._velocity(tokens, stream.e, x.shape[2])
+    return velocity, cache.extended(past, x.shape[1])
+
+  def _chunk(
+    self, x: Latents, t: Times, cache: Cache
+  ) -> tuple[Stream, Callable[..., tuple[Array, KeysValues]]]:
+    """Returns a chunk's stream, and what one layer does to it."""
+    check_chunk(self.config, x, t, cache.past.keys.shape)
+    slot = self._slot(x, cache)
+    ranges = jnp.stack([jnp.zeros_like(slot), slot])[None]
+    stream, rope = self._stream(x, t), self._rope(x, cache.position)
+
+    def layer_step(
+      block: Block, tokens: Array, past: KeysValues, text: KeysValues
+    ) -> tuple[Array, KeysValues]:
+      attend = functools.partial(
+        self.attention, context=past, context_ranges=ranges
+      )
+      return block(tokens, stream.e_6, rope, text, attend, self.attention)
+
+    return stream, layer_step
+
+  def _slot(self, x: Latents, cache: Cache) -> Int[Array, ""]:
+    """The first free token of a cache."""
+    return cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
+
+  def _one_stream(
+    self,
+    stream: Stream,
+    rope: RopeTable,
+    text: Float[Array, "b l m"],
+    boundaries: tuple[int, ...] | None,
+  ) -> Float[Array, "b f p m"]:
+    mask = boundaries and kernels.BlockMask.block_causal(boundaries)
+    attend = functools.partial(self.attention, mask=mask)
+
+    def body(block: Block, tokens: Array, xs: None):
+      del xs
+      text_kv = block.text_keys_values(text)
+      tokens, _ = block(
+        tokens, stream.e_6, rope, text_kv, attend, self.attention
+      )
+      return tokens, None
+
+    return self._scan(body, stream.tokens)[0]
+
+  def _two_streams(
+    self,
+    clean: Stream,
+    noisy: Stream,
+    rope: RopeTable,
+    text: Float[Array, "b l m"],
+    boundaries: tuple[int, ...],
+    context_gradient: bool,
+  ) -> Float[Array, "b f p m"]:
+    past = kernels.BlockMask.block_causal(boundaries)
+    rows = kernels.BlockMask.noisy_rows(boundaries)
+    attend_past = functools.partial(self.attention, mask=past)
+    keep = (lambda x: x) if context_gradient else jax.lax.stop_gradient
+    clean = keep(clean)
+
+    def body(block: Block, streams: tuple[Array, Array], xs: None):
+      del xs
+      text_kv = block.text_keys_values(text)
+      clean_block = block if context_gradient else _frozen(block)
+      clean_tokens, context = clean_block(
+        streams[0], clean.e_6, rope, keep(text_kv), attend_past, self.attention
+      )
+      attend = functools.partial(self.attention, context=context, mask=rows)
+      noisy_tokens, _ = block(
+        streams[1], noisy.e_6, rope, text_kv, attend, self.attention
+      )
+      return (clean_tokens, noisy_tokens), None
+
+    return self._scan(body, (clean.tokens, noisy.tokens))[0][1]
+
+  def _scan(self, body: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
+    """Runs `body(block, carry, xs) -> (carry, ys)` over the layers."""
+    if self.config.remat is not None:
+      body = nn.remat(
+        body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
+      )
+    layers = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.config.layers,
+      check_constancy_invariants=False,
+    )
+    return layers(self.blocks, carry, xs)
+
+  def _stream(self, x: Latents, t: Times) -> Stream:
+    island = self.config.precision(x.dtype).island
+    patches = patchify(self._compute(x, x), self.config.patch)
+    tokens = self.patch_embedding(patches).astype(island)
+    features = sinusoid(t, self.config.freq_width, scale=self.config.time_scale)
+    e = self.time_embedding(features.astype(island))
+    e_6 = self.time_projection(nn.silu(e))
+    return Stream(tokens, e, e_6.reshape(*t.shape, 6, -1))
+
+  def _boundaries(self, pattern: ChunkPattern, x: Latents) -> tuple[int, ...]:
+    tokens = self.config.tokens_per_frame(*x.shape[2:4])
+    return pattern.token_boundaries(x.shape[1], tokens)
+
+  def _rope(self, x: Latents, first_frame: int | Int[Array, ""] = 0):
+    frames, height, width = x.shape[1:4]
+    _, rows, columns = self.config.patch
+    return rope_table(
+      frames,
+      height // rows,
+      width // columns,
+      self.config.head_width,
+      first_frame=first_frame,
+      dtype=self.config.precision(x.dtype).island,
+    )
+
+  def _velocity(
+    self, tokens: Float[Array, "b f p m"], e: Array, height: int
+  ) -> Latents:
+    return unpatchify(self.head(tokens, e), self.config.patch, height=height)
+
+  def _compute(self, a: Array, like: Array) -> Array:
+    return a.astype(self.config.precision(like.dtype).compute)
+
+
+def _frozen(block: Block) -> Block:
+  """The same block on `stop_gradient` of its parameters.
+
+  Stopping its keys and values alone would give the same gradient, but the
+  clean stream would be linearised and run backward on zeros.
+  """
+  variables = jax.lax.stop_gradient(block.variables)
+  return block.clone(parent=None, name=None).bind(variables)
