@@ -5,6 +5,7 @@ the dataset do. For other data, write an iterator of `Batch`: docs/data.md.
 """
 
 from crcm_jax.data._batch import Batch as Batch
+from crcm_jax.data._batch import BatchIterator as BatchIterator
 from crcm_jax.data._clips import bounce as bounce
 from crcm_jax.data._clips import CANVAS as CANVAS
 from crcm_jax.data._clips import Clip as Clip
@@ -27,7 +28,6 @@ from crcm_jax.data._pipeline import (
 from crcm_jax.data._pipeline import (
   prepare_moving_digits as prepare_moving_digits,
 )
-from crcm_jax.data._pipeline import ResumableIterator as ResumableIterator
 from crcm_jax.data._text import Clause as Clause
 from crcm_jax.data._text import DIGIT_WORDS as DIGIT_WORDS
 from crcm_jax.data._text import encode_captions as encode_captions

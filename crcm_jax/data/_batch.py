@@ -1,6 +1,7 @@
-"""What the training stages read: any iterator of `Batch` will do."""
+"""What the training stages read: any `BatchIterator` will do."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -9,8 +10,7 @@ class Batch(NamedTuple):
   """Clean latents and what they are conditioned on; a pytree of arrays.
 
   An input pipeline may yield NumPy arrays: a jitted step takes them as they
-  are. To resume where a run stopped, its iterator also has `get_state()` and
-  `set_state(state)`, with a state that JSON can hold.
+  are.
   """
 
   x_0: Float[Array, "b f h w c"]
@@ -19,3 +19,27 @@ class Batch(NamedTuple):
   """Pytree with leading axis b; for text, embeddings `[b, l, d]`, float32."""
   null_condition: Any
   """Of the same structure: what stands in where a condition is dropped."""
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+  """An iterator of batches that a run can resume where it stopped.
+
+  Grain's dataset iterators are of this kind.
+  """
+
+  def __iter__(self) -> Iterator[Batch]:
+    """Returns itself."""
+    ...
+
+  def __next__(self) -> Batch:
+    """Returns the next batch."""
+    ...
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position, in a form that JSON can hold."""
+    ...
+
+  def set_state(self, state: dict[str, Any], /) -> None:
+    """Moves to a position that `get_state` returned."""
+    ...

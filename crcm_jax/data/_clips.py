@@ -125,7 +125,8 @@ def make_clip(
     positions=_pad(positions, 0, axis=1).astype(np.float32),
     velocities=_pad(velocities, 0, axis=1).astype(np.float32),
   )
-  clauses = list(map(_clause, digits, directions, words))
+  said = (array.tolist() for array in (digits, directions, words))
+  clauses = [_clause(*words) for words in zip(*said, strict=True)]
   return Clip(video, _text.write_caption(clauses), labels)
 
 
@@ -206,13 +207,13 @@ def _colours(rng: np.random.Generator, count: int, channels: int) -> np.ndarray:
   return colours if channels == 3 else np.ones((count, channels))
 
 
-def _clause(digit: int, direction: np.ndarray, speed: str) -> _text.Clause:
+def _clause(digit: int, direction: list[int], speed: str) -> _text.Clause:
   x, y = direction
   return _text.Clause(
     digit=_text.DIGIT_WORDS[digit],
-    horizontal={-1: "left", 0: "", 1: "right"}[int(x)],
-    vertical={-1: "up", 0: "", 1: "down"}[int(y)],
-    speed=str(speed),
+    horizontal={-1: "left", 0: "", 1: "right"}[x],
+    vertical={-1: "up", 0: "", 1: "down"}[y],
+    speed=speed,
   )
 
 

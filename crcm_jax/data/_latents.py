@@ -17,6 +17,7 @@ variance over frequencies 1. `MEAN` moves the mean brightness to zero.
 """
 
 import functools
+from typing import TypeAlias
 
 import einops
 import jax
@@ -45,10 +46,12 @@ MEAN = np.zeros(BLOCK * BLOCK)
 """Mean of each frequency, `[16]`: only the first, the brightness, has one."""
 MEAN[0] = -3.308
 
-_Videos = Float[jax.Array | np.ndarray, "*b f h w c"]
+_Array: TypeAlias = jax.Array | np.ndarray
 
 
-def latents_from_video(video: _Videos) -> _Videos:
+def latents_from_video(
+  video: Float[_Array, "*b f h w c"],
+) -> Float[_Array, "*b f h//4 w//4 16*c"]:
   """Transforms pixels to latents, `[32, 32, c]` to `[8, 8, 16 c]` a frame.
 
   Args:
@@ -79,7 +82,9 @@ def latents_from_video(video: _Videos) -> _Videos:
   return einops.rearrange(z, "... c k -> ... (c k)")
 
 
-def video_from_latents(latents: _Videos) -> _Videos:
+def video_from_latents(
+  latents: Float[_Array, "*b f h w c"],
+) -> Float[_Array, "*b f 4*h 4*w c//16"]:
   """Transforms latents to pixels: the exact inverse of `latents_from_video`.
 
   Args:
@@ -106,7 +111,7 @@ def video_from_latents(latents: _Videos) -> _Videos:
   )
 
 
-def _matmul(x: _Videos, matrix: np.ndarray):
+def _matmul(x: _Array, matrix: np.ndarray) -> _Array:
   """`x @ matrix` in the dtype of `x`, at full precision on every device."""
   matrix = matrix.astype(x.dtype)
   if isinstance(x, np.ndarray):

@@ -8,29 +8,15 @@ number: `get_state()` and `set_state(state)` resume exactly.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast, get_args, NamedTuple, Protocol, TypeVar
+from typing import Any, cast, get_args, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
 
 from crcm_jax._extras import require
 from crcm_jax.data import _latents, _text
-from crcm_jax.data._batch import Batch
+from crcm_jax.data._batch import Batch, BatchIterator
 from crcm_jax.data._clips import Labels, Split
-
-_T = TypeVar("_T", covariant=True)
-
-
-class ResumableIterator(Iterator[_T], Protocol[_T]):
-  """An iterator whose position can be saved."""
-
-  def get_state(self) -> dict[str, Any]:
-    """Returns the position: what comes next, as JSON can hold it."""
-    ...
-
-  def set_state(self, state: dict[str, Any], /) -> None:
-    """Moves to a position that `get_state` returned."""
-    ...
 
 
 class LabelledBatch(NamedTuple):
@@ -80,7 +66,7 @@ def moving_digits_batches(
   epochs: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> ResumableIterator[Batch]:
+) -> BatchIterator:
   """Iterates over batches of latents and caption embeddings, for training.
 
   Within an epoch the processes read disjoint clips, and all of them together,
@@ -98,7 +84,7 @@ def moving_digits_batches(
     process_count: of all processes, `jax.process_count()`.
 
   Returns:
-    An iterator of `Batch` with float32 NumPy arrays: `x_0`
+    An iterator of float32 NumPy arrays: `x_0`
     `[batch_size / process_count, frames, 8, 8, 16]`, `condition` and
     `null_condition` `[batch_size / process_count, 8, 32]`.
 
