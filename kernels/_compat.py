@@ -1,0 +1,52 @@
+"""The JAX internals that attention's own primitives need, in one place.
+
+These names are the same in JAX 0.10 to 0.12, but carry no promise of stability.
+"""
+
+import jax
+from jax.extend.core import Primitive as Primitive
+from jax.interpreters import ad as ad
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
+from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding, PartitionSpec
+
+partial_eval_rules = pe.custom_partial_eval_rules
+remat_rules = pe.partial_eval_jaxpr_custom_rules
+dce_rules = pe.dce_rules
+
+
+def with_axes(aval, axes, dtype):
+  """An abstract value made of some axes of another."""
+  spec = tuple(aval.sharding.spec)
+  spec += (None,) * (aval.ndim - len(spec))
+  return aval.update(
+    shape=tuple(aval.shape[i] for i in axes),
+    dtype=dtype,
+    weak_type=False,
+    sharding=NamedSharding(
+      aval.sharding.mesh, PartitionSpec(*(spec[i] for i in axes))
+    ),
+  )
+
+
+def zero_tangent(x):
+  """The symbolic zero that is the tangent of `x`."""
+  return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def _varying(x) -> frozenset:
+  return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def same_varying(*arrays):
+  """Marks arrays inside a `shard_map` as varying over the same mesh axes."""
+  axes = frozenset().union(*map(_varying, arrays))
+  return [vary_like(x, axes) for x in arrays]
+
+
+def vary_like(x, like):
+  """Marks `x` as varying over the mesh axes that `like` varies over."""
+  axes = like if isinstance(like, frozenset) else _varying(like)
+  missing = tuple(axes - _varying(x))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
