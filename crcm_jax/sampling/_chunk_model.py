@@ -21,10 +21,11 @@ class ChunkModel(Protocol):
   """One causal network under one conditioning, called chunk by chunk."""
 
   def init(self, params: Params, batch: int, frames: int) -> Cache:
-    """Returns an empty cache.
+    """Returns an empty cache, conditioning included.
 
     Args:
-      params: the network's parameters.
+      params: the network's parameters. Gradients flow into them through what
+        the cache keeps of the conditioning (a caption's keys and values).
       batch: number of videos.
       frames: latent frames that the cache must be able to hold.
     """
@@ -40,7 +41,7 @@ class ChunkModel(Protocol):
     """Returns a chunk's velocity given the committed past; reads the cache.
 
     The chunk follows the committed frames directly. Gradients flow through
-    the chunk's own keys and values, never into the cache.
+    the chunk's own keys and values and the conditioning's.
     """
     ...
 
@@ -53,12 +54,18 @@ class ChunkModel(Protocol):
   ) -> tuple[Float[Array, "b f h w c"], Cache]:
     """Commits a chunk to the cache, and returns its velocity on the way.
 
-    No gradient flows through either result.
+    No gradient flows through the velocity or the committed chunk; the cache
+    keeps its conditioning as it is.
     """
     ...
 
-  def rewind(self, cache: Cache, frames: Int[Array, ""]) -> Cache:
-    """Returns the cache as it was when `frames` frames were committed."""
+  def rewind(
+    self, params: Params, cache: Cache, frames: Int[Array, ""]
+  ) -> Cache:
+    """Returns the cache as it was when `frames` frames were committed.
+
+    The conditioning is computed anew from `params`, for their gradient.
+    """
     ...
 
 
@@ -73,8 +80,8 @@ def guided(
   Args:
     conditional: the model under the caption.
     unconditional: the same network under the null caption.
-    scale: guidance scale. At most 1 means no guidance: the conditional model
-      is returned as it is.
+    scale: guidance scale. 1 means no guidance: the conditional model is
+      returned as it is.
 
   Returns:
     A chunk model whose cache is the pair of their caches.
@@ -82,7 +89,7 @@ def guided(
   References:
     Ho, Salimans, Classifier-free diffusion guidance, arXiv 2207.12598.
   """
-  if scale <= 1:
+  if scale == 1:
     return conditional
   return _Guided(conditional, unconditional, scale)
 
@@ -118,8 +125,8 @@ class _Guided:
     )
     return velocity(x, t), (conditional, unconditional)
 
-  def rewind(self, cache, frames):
+  def rewind(self, params, cache, frames):
     return (
-      self.conditional.rewind(cache[0], frames),
-      self.unconditional.rewind(cache[1], frames),
+      self.conditional.rewind(params, cache[0], frames),
+      self.unconditional.rewind(params, cache[1], frames),
     )

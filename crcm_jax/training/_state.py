@@ -66,6 +66,9 @@ def init_state(
       "stage with a critic, neither for one without."
     )
   student, fake = _copy(student), _copy(fake)
+  fake_opt_state = None
+  if fake is not None and fake_optimizer is not None:
+    fake_opt_state = fake_optimizer.init(fake)
   return TrainState(
     step=_zero(),
     student=student,
@@ -73,7 +76,7 @@ def init_state(
     student_updates=_zero(),
     ema=jax.tree.map(_at_least_float32, student),
     fake=fake,
-    fake_opt_state=fake_optimizer.init(fake) if fake_optimizer else None,
+    fake_opt_state=fake_opt_state,
     fake_updates=_zero(),
     skipped=_zero(),
   )
