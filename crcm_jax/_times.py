@@ -79,8 +79,12 @@ def check_range(name: str, t: Array, top: float = 1.0) -> None:
     )
 
 
-def check_decreasing(name: str, times: Array) -> None:
+def check_decreasing(
+  name: str, times: Array, frame_weight: Array | None = None
+) -> None:
   """Checks that concrete times decrease along the last axis.
+
+  Frames whose weight is 0 may stand still, as an image prefix does.
 
   Raises:
     ValueError: if there are fewer than two, or if one is not below the last.
@@ -92,8 +96,28 @@ def check_decreasing(name: str, times: Array) -> None:
     )
   if isinstance(times, jax.core.Tracer):
     return
-  if (times[..., 1:] >= times[..., :-1]).any():
+  stalls = times[..., 1:] >= times[..., :-1]
+  if frame_weight is not None:
+    if isinstance(frame_weight, jax.core.Tracer):
+      return
+    stalls = stalls & (frame_weight > 0)[..., None]
+  if stalls.any():
     raise ValueError(
       f"`{name}` must decrease along its last axis, from noise to data;"
-      f" got {times.tolist()}. Use `jnp.flip` if it increases."
+      f" got {times.tolist()}. Reverse it if it increases."
+    )
+
+
+def check_order(name: str, early: Array, late: Array) -> None:
+  """Checks that no concrete time of `early` exceeds its one of `late`.
+
+  Raises:
+    ValueError: if one does.
+  """
+  if any(isinstance(t, jax.core.Tracer) for t in (early, late)):
+    return
+  if (early > late).any():
+    raise ValueError(
+      f"`{name}` must not exceed the time it ends: got {early.tolist()} for"
+      f" {late.tolist()}."
     )
