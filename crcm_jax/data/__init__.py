@@ -16,6 +16,7 @@ from crcm_jax.data._clips import make_clip as make_clip
 from crcm_jax.data._clips import MAX_DIGITS as MAX_DIGITS
 from crcm_jax.data._clips import render_clip as render_clip
 from crcm_jax.data._clips import scan_pool as scan_pool
+from crcm_jax.data._clips import SPEEDS as SPEEDS
 from crcm_jax.data._latents import latents_from_video as latents_from_video
 from crcm_jax.data._latents import video_from_latents as video_from_latents
 from crcm_jax.data._pipeline import (

@@ -38,6 +38,9 @@ CLIP_FRAMES = 21
 MAX_DIGITS = 2
 """Places for digits in `Labels`."""
 
+SPEEDS = {"slowly": (0.4, 0.7), "": (1.1, 1.5), "fast": (2.0, 2.6)}
+"""Range of speeds, in pixels per frame, that a caption's word stands for."""
+
 Split: TypeAlias = Literal["train", "test"]
 
 _SPLITS = ("train", "test")
@@ -46,8 +49,6 @@ _MIN_DISTANCE = 10.0  # pixels between two digits in the first frame
 _ROOM = CANVAS - DIGIT_SIZE
 
 _DIRECTIONS = tuple((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y)
-# Speeds in pixels per frame. The gaps keep the captions' words apart.
-_SPEEDS = {"slowly": (0.4, 0.7), "": (1.1, 1.5), "fast": (2.0, 2.6)}
 
 
 class Labels(NamedTuple):
@@ -111,8 +112,8 @@ def make_clip(
   digits = rng.choice(10, count, replace=False)
   scans = np.array([rng.choice(scan_pool(split)[d]) for d in digits])
   directions = rng.choice(_DIRECTIONS, count)
-  words = rng.choice(tuple(_SPEEDS), count)
-  speeds = [rng.uniform(*_SPEEDS[word]) for word in words]
+  words = rng.choice(tuple(SPEEDS), count)
+  speeds = [rng.uniform(*SPEEDS[word]) for word in words]
   norms = np.linalg.norm(directions, axis=-1)
   velocity = directions * (np.array(speeds) / norms)[:, None]  # [k, 2]
   colours = _colours(rng, count, channels)

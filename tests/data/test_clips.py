@@ -98,9 +98,8 @@ def test_captions_tell_how_the_labels_start(clips):
       assert clause.horizontal == ("left", "", "right")[int(np.sign(x)) + 1]
       assert clause.vertical == ("up", "", "down")[int(np.sign(y)) + 1]
       speed = np.hypot(x, y)
-      assert clause.speed == (
-        "slowly" if speed < 0.9 else "fast" if speed > 1.75 else ""
-      )
+      slowest, fastest = data.SPEEDS[clause.speed]
+      assert slowest <= speed <= fastest
 
 
 def test_two_digits_differ_and_start_apart(clips):
