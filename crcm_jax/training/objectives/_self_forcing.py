@@ -1,0 +1,282 @@
+"""Trains a streaming student on its own videos (self-forcing DMD).
+
+A student phase rolls the student out, asks the real and the fake score where
+its video should go, and moves the last denoising step of each chunk there:
+
+    video = rollout(student),    target = video - (f - r) / mean |video - r|
+    loss = || x_0(student) - target ||^2
+
+A critic phase trains the fake score on such videos. The rollout's history is
+constant for the gradient, so all chunks can be replayed in one pass.
+
+References:
+  Causal-rCM, arXiv 2606.25473, equations (7), (11) to (14).
+  Huang et al., Self Forcing, arXiv 2506.08009.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from crcm_jax import losses, models, paths, sampling
+from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
+from crcm_jax.chunks import ChunkPattern
+from crcm_jax.sampling import Rollout
+from crcm_jax.time_sampling import ShiftedUniform, TimeDistribution
+from crcm_jax.training._counters import Counters, step_counts
+from crcm_jax.training.objectives import _inputs, _networks
+
+DEFAULT_TIME = ShiftedUniform(5.0)
+
+
+class SelfForcingDraws(NamedTuple):
+  """Noise of a rollout, and time and noise at which its video is scored."""
+
+  step_noise: Float[Array, "steps b f h w c"]
+  context_noise: Float[Array, "b f h w c"] | None
+  t: Float[Array, "b"]
+  noise: Float[Array, "b f h w c"]
+
+
+class SelfForcingMetrics(NamedTuple):
+  """What self-forcing measures.
+
+  Attributes:
+    gradient_norm: norm of the normalised score difference, per example.
+    scale: mean distance of the samples from the real score's prediction.
+    chunk_gap: root mean square of video minus target in each chunk: a chunk
+      that drifts apart shows here first.
+    steps: denoising steps of this iteration's first chunk.
+    dropped: 1 where a caption or a score removed the example.
+    student_non_finite: 1 where the student's own video is not finite.
+  """
+
+  gradient_norm: Float[Array, "b"]
+  scale: Float[Array, "b"]
+  chunk_gap: Float[Array, "b chunks"]
+  steps: Float[Array, ""]
+  dropped: Int[Array, "b"]
+  student_non_finite: Int[Array, "b"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Simulation:
+  """How the student's own videos are made; both phases share it.
+
+  Attributes:
+    student: the network that is rolled out.
+    pattern: how frames form chunks.
+    mid_times: for each chunk, the times between 1 and 0 of its denoising
+      steps; the last one serves all further chunks.
+    context: what the cache keeps of a finished chunk; see `sampling.rollout`.
+    context_start: with "last_step", the first chunk that is kept noisy.
+    time: law of the times at which videos are scored.
+    loss_scale: factor of the loss.
+  """
+
+  student: Any
+  pattern: ChunkPattern
+  mid_times: tuple[tuple[float, ...], ...] = ((15 / 16, 5 / 6, 5 / 8),)
+  context: Literal["clean", "last_step"] = "clean"
+  context_start: int = 0
+  time: TimeDistribution = DEFAULT_TIME
+  loss_scale: float = 1.0
+
+  def __post_init__(self):
+    sampling.chunk_times(self._schedules(), 1)  # Refuses what makes no sense.
+
+  def draws(
+    self, key: PRNGKeyArray, batch: Any, counters: Counters
+  ) -> SelfForcingDraws:
+    """Draws the rollout's noises, and time and noise of the scores."""
+    del counters
+    steps_key, context_key, time_key, noise_key = jax.random.split(key, 4)
+    x_0 = batch.x_0
+    noisy = self.context == "last_step"
+    return SelfForcingDraws(
+      step_noise=_inputs.noise_like(
+        steps_key, x_0, len(self._schedules()[0]) - 1
+      ),
+      context_noise=_inputs.noise_like(context_key, x_0) if noisy else None,
+      t=self.time.sample(time_key, (x_0.shape[0],)),
+      noise=_inputs.noise_like(noise_key, x_0),
+    )
+
+  def _schedules(self) -> list[tuple[float, ...]]:
+    """Training starts from pure noise, t = 1."""
+    return [(1.0, *mid_times, 0.0) for mid_times in self.mid_times]
+
+  def _chunks(self, condition: Any, x: Array) -> sampling.ChunkModel:
+    height, width = x.shape[2:4]
+    return models.WanChunks(self.student, condition, height=height, width=width)
+
+  def _roll_out(
+    self,
+    params: Params,
+    inputs: _inputs.Inputs,
+    draws: SelfForcingDraws,
+    counter: Int[Array, ""],
+    *,
+    differentiable: bool,
+  ) -> tuple[Rollout, Int[Array, "chunks"]]:
+    """Returns the student's video, and the steps each chunk took."""
+    chunks = self.pattern.num_chunks(inputs.x_0.shape[1])
+    times, full_counts = sampling.chunk_times(self._schedules(), chunks)
+    counts = step_counts(counter, full_counts)
+    made = sampling.rollout(
+      self._chunks(inputs.condition, inputs.x_0),
+      params,
+      draws.step_noise,
+      self.pattern,
+      times,
+      counts,
+      context=self.context,
+      context_start=self.context_start,
+      context_noise=draws.context_noise,
+      differentiable=differentiable,
+    )
+    return made, counts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfForcing(_Simulation):
+  """Distribution matching of the student's own videos: the student's phase.
+
+  Attributes:
+    real: the bidirectional teacher; `frozen["real"]` its parameters.
+    fake: the critic's network; `frozen["fake"]` its parameters.
+    guidance: scale of the real score's classifier-free guidance.
+    replay: how the gradient is computed, the same whichever: "parallel" in
+      one teacher-forcing pass over all chunks, "chunks" one chunk at a time
+      in the memory of one, "direct" through the rollout itself.
+  """
+
+  real: Any
+  fake: Any
+  guidance: float = 5.0
+  replay: Literal["parallel", "chunks", "direct"] = "parallel"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.replay not in ("parallel", "chunks", "direct"):
+      raise ValueError(
+        '`replay` must be "parallel", "chunks" or "direct"; got '
+        f"{self.replay!r}."
+      )
+
+  def loss(
+    self,
+    trainable: Params,
+    frozen: dict[str, Params],
+    batch: Any,
+    draws: SelfForcingDraws,
+    counters: Counters,
+  ) -> tuple[Float[Array, "b"], SelfForcingMetrics]:
+    """Returns the distribution-matching loss of each example."""
+    inputs = _inputs.prepare(batch)
+    made, counts = self._roll_out(
+      trainable,
+      inputs,
+      draws,
+      counters.student,
+      differentiable=self.replay == "direct",
+    )
+    target, metrics = losses.distribution_matching_target(
+      made.video,
+      _mark(draws.noise, inputs),
+      _inputs.per_frame(draws.t, made.video),
+      self._real(frozen, inputs),
+      self._fake(frozen, inputs),
+    )
+    video = self._replayed(trainable, inputs, made)
+    loss = losses.target_matching_loss(video, target)
+    return self.loss_scale * loss, SelfForcingMetrics(
+      chunk_gap=_chunk_gap(made.video - target, self.pattern),
+      steps=counts[0].astype(loss.dtype),
+      **metrics._asdict(),
+    )
+
+  def _real(self, frozen, inputs):
+    return _networks.guided_teacher(
+      functools.partial(_networks.bidirectional, self.real),
+      frozen["real"],
+      inputs.condition,
+      inputs.null_condition,
+      self.guidance,
+    )
+
+  def _fake(self, frozen, inputs):
+    return functools.partial(
+      _networks.bidirectional(self.fake, inputs.condition),
+      jax.lax.stop_gradient(frozen["fake"]),
+    )
+
+  def _replayed(self, params, inputs, made: Rollout) -> Array:
+    """Returns the rollout's video, differentiable in its last steps."""
+    if self.replay == "direct":
+      return made.video
+    if self.replay == "chunks":
+      chunks = self._chunks(inputs.condition, inputs.x_0)
+      return sampling.replay(chunks, params, made, self.pattern)
+    v = self.student.apply(
+      {"params": params},
+      made.last_input,
+      made.last_t,
+      inputs.condition,
+      pattern=self.pattern,
+      context=made.context,
+      context_t=made.context_t,
+      context_gradient=False,
+    )
+    return paths.data_prediction(made.last_input, v, made.last_t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Critic(_Simulation):
+  """Trains the fake score on the student's own videos: the critic's phase.
+
+  Attributes:
+    fake: the critic's network, which is trained; `frozen["student"]` holds
+      the parameters of the student.
+  """
+
+  fake: Any
+
+  def loss(
+    self,
+    trainable: Params,
+    frozen: dict[str, Params],
+    batch: Any,
+    draws: SelfForcingDraws,
+    counters: Counters,
+  ) -> tuple[Float[Array, "b"], losses.FlowMatchingMetrics]:
+    """Returns the critic's flow-matching loss of each example."""
+    inputs = _inputs.prepare(batch)
+    made, _ = self._roll_out(
+      frozen["student"], inputs, draws, counters.critic, differentiable=False
+    )
+    loss, metrics = losses.critic_loss(
+      _networks.bidirectional(self.fake, inputs.condition),
+      trainable,
+      made.video,
+      _mark(draws.noise, inputs),
+      _inputs.per_frame(draws.t, made.video),
+    )
+    return self.loss_scale * loss, metrics
+
+
+def _mark(noise: Array, inputs: _inputs.Inputs) -> Array:
+  """Makes losses drop the bad examples, whose data they do not see."""
+  return jnp.where(jnp.isnan(inputs.x_0), jnp.nan, noise)
+
+
+def _chunk_gap(
+  gap: Float[Array, "b f h w c"], pattern: ChunkPattern
+) -> Float[Array, "b chunks"]:
+  square = jnp.mean(jnp.square(gap), axis=(2, 3, 4))
+  spans = pattern.spans(gap.shape[1])
+  chunks = [square[:, start:stop].mean(axis=1) for start, stop in spans]
+  return jax.lax.stop_gradient(jnp.sqrt(jnp.stack(chunks, axis=1)))
