@@ -129,7 +129,8 @@ class Wan(nn.Module):
     noisy = self._stream(x, t)
     boundaries = pattern and self._boundaries(pattern, x)
     if context is None:
-      tokens = self._one_stream(noisy, rope, text, boundaries)
+      mask = boundaries and kernels.BlockMask.block_causal(boundaries)
+      tokens = self._one_stream(noisy, rope, text, mask)
     else:
       assert boundaries is not None  # check_call saw to it
       if context_t is None:  # one time serves all frames
@@ -246,9 +247,8 @@ class Wan(nn.Module):
     stream: Stream,
     rope: RopeTable,
     text: Float[Array, "b l m"],
-    boundaries: tuple[int, ...] | None,
+    mask: kernels.BlockMask | None,
   ) -> Float[Array, "b f p m"]:
-    mask = boundaries and kernels.BlockMask.block_causal(boundaries)
     attend = functools.partial(self.attention, mask=mask)
 
     def body(block: Block, tokens: Array, xs: None):
