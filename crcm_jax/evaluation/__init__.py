@@ -4,6 +4,7 @@ from crcm_jax.evaluation._classifier import Classifier as Classifier
 from crcm_jax.evaluation._classifier import classifier_loss as classifier_loss
 from crcm_jax.evaluation._classifier import FrameClassifier as FrameClassifier
 from crcm_jax.evaluation._classifier import load_classifier as load_classifier
+from crcm_jax.evaluation._classifier import save_classifier as save_classifier
 from crcm_jax.evaluation._evaluate import evaluate as evaluate
 from crcm_jax.evaluation._evaluate import METRICS as METRICS
 from crcm_jax.evaluation._evaluate import REAL as REAL

@@ -89,18 +89,45 @@ class Classifier:
     )
 
 
-def load_classifier(path: str | os.PathLike[str]) -> Classifier:
-  """Reads a classifier that the training script wrote.
+def save_classifier(
+  path: str | os.PathLike[str], classifier: Classifier
+) -> None:
+  """Writes a classifier in bfloat16.
 
   Args:
-    path: a safetensors file.
+    path: the file, `*.safetensors`.
+    classifier: what to write.
+  """
+  network = classifier.network
+  metadata = {
+    "widths": list(network.widths),
+    "num_features": network.num_features,
+  }
+  models.save_params(path, classifier.params, metadata, dtype=jnp.bfloat16)
+
+
+def load_classifier(path: str | os.PathLike[str]) -> Classifier:
+  """Reads what `save_classifier` wrote.
+
+  Args:
+    path: the file.
 
   Returns:
-    The classifier, its parameters in float32.
+    The classifier; it computes in float32.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if the file is damaged or holds something else.
   """
-  params, _ = models.load_params(path)
-  as_float32 = lambda leaf: jnp.asarray(leaf, jnp.float32)
-  return Classifier(jax.tree.map(as_float32, params))
+  params, metadata = models.load_params(path, dtype=jnp.float32)
+  if "num_features" not in metadata:
+    raise ValueError(
+      f"`path` must hold a frame classifier; {os.fspath(path)!r} holds other"
+      " parameters. Take the file that"
+      " `experiments.moving_digits.train_classifier` wrote."
+    )
+  network = FrameClassifier(tuple(metadata["widths"]), metadata["num_features"])
+  return Classifier(params, network)
 
 
 def classifier_loss(

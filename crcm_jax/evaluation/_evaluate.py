@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ CHUNK_COMPONENTS = 16  # the dimensions of the two distances in the drift
 _TIMED_CALLS = 3
 
 
+@runtime_checkable
 class Sampler(Protocol):
   """Generates one clip for each example of a batch."""
 

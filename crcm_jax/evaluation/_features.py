@@ -25,12 +25,10 @@ class FeatureSpace:
 
   Attributes:
     mean: mean of the real vectors.
-    scale: standard deviation of each entry, which divides before projection.
     projection: principal directions, each divided by its standard deviation.
   """
 
   mean: Float[np.ndarray, "raw"]
-  scale: Float[np.ndarray, "raw"]
   projection: Float[np.ndarray, "raw d"]
 
   @classmethod
@@ -55,11 +53,10 @@ class FeatureSpace:
         f" {len(real)}. Evaluate more clips."
       )
     real = real.astype(np.float64)
-    mean, scale = real.mean(axis=0), real.std(axis=0) + _TINY
-    standard = (real - mean) / scale
-    _, size, directions = np.linalg.svd(standard, full_matrices=False)
+    mean = real.mean(axis=0)
+    _, size, directions = np.linalg.svd(real - mean, full_matrices=False)
     deviation = size[:components] / np.sqrt(len(real)) + _TINY
-    return cls(mean, scale, directions[:components].T / deviation)
+    return cls(mean, directions[:components].T / deviation)
 
   def __call__(self, raw: Float[np.ndarray, "n raw"]) -> np.ndarray:
     """Maps vectors into the space.
@@ -70,7 +67,7 @@ class FeatureSpace:
     Returns:
       One row of components per clip, [n, d].
     """
-    return ((raw - self.mean) / self.scale) @ self.projection
+    return (raw - self.mean) @ self.projection
 
 
 def over_time(series: Float[np.ndarray, "b f d"]) -> np.ndarray:
