@@ -16,7 +16,7 @@ nothing else; `autodiff` makes them one differentiable operation.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
@@ -95,6 +95,7 @@ def spread(given: Sequence, nonzero: Sequence[bool]) -> list:
   return [next(items) if n else None for n in nonzero]
 
 
+@runtime_checkable
 class Backend(Protocol):
   """One way to compute attention. Implementations are hashable.
 

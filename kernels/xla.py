@@ -23,7 +23,7 @@ from crcm_jax.kernels.backend import Operands, Problem, Tangents
 from crcm_jax.kernels.mask import BlockMask
 
 _LOWEST = -1e30  # finite: the difference of two such is 0, not NaN
-_MOST_ROWS = 64  # of a mask that is unrolled
+_MOST_ROWS = 16  # of a mask that is unrolled
 
 
 class _Tile(NamedTuple):
@@ -105,7 +105,7 @@ class Xla:
     """Computes output, `lse` and output tangent in one sweep over the keys."""
 
     def tile(at, pieces, out):
-      q, tq = _load(x.q, at), _load(t.q, at)
+      q, tq = _load(x.q, at), _maybe_load(t.q, at)
 
       def step(state, keys):
         m, total, acc, r, tacc = state
@@ -135,7 +135,8 @@ class Xla:
     """Computes the output tangent from a saved output and `lse`."""
 
     def tile(at, pieces, out):
-      q, tq, row_lse = _load(x.q, at), _load(t.q, at), _load_lse(lse, at)
+      q, tq = _load(x.q, at), _maybe_load(t.q, at)
+      row_lse = _load_lse(lse, at)
 
       def step(state, keys):
         r, tacc = state
@@ -185,7 +186,7 @@ class Xla:
       dq, dk, dv = out
       row_dq = _zeros_like(q) if want_q else None
       row_dq, dk, dv = self._fold(step, (row_dq, dk, dv), pieces, x)
-      return (*_store((dq,), at, (row_dq,)), dk, dv)
+      return (_write(dq, at, row_dq) if want_q else None, dk, dv)
 
     buffers = lambda xs, want: tuple(
       _zeros_like(a) if w else None for a, w in zip(xs, want, strict=True)
@@ -199,7 +200,7 @@ class Xla:
     flat = [dq, *itertools.chain(*zip(dk, dv, strict=True))]
     return [g.astype(x.q.dtype) for g in flat if g is not None]
 
-  def _over_queries(self, problem, x: Operands, tile: Callable, out):
+  def _over_queries(self, problem, x: Operands, tile: Callable, out) -> Any:
     """Runs `out = tile(queries, pieces, out)` for every tile of queries."""
     context = self._context_pieces(x)
     first = int(problem.ranged)  # pair that the mask begins with
@@ -298,15 +299,24 @@ def _along(valid, axis: int, ndim: int):
   return valid.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-def _load(x: Array | None, at: _Tile) -> Array | None:
+def _load(x: Array, at: _Tile) -> Array:
   """A tile [b n tile d] of [b tokens n d]."""
-  return None if x is None else _cut(x, at, 1).swapaxes(1, 2)
+  return _cut(x, at, 1).swapaxes(1, 2)
+
+
+def _maybe_load(x: Array | None, at: _Tile) -> Array | None:
+  return None if x is None else _load(x, at)
 
 
 def _load_keys(x: Operands, t: Tangents | None, pair: int, at: _Tile) -> _Keys:
-  tk, tv = (t.keys[pair], t.values[pair]) if t else (None, None)
-  arrays = (x.keys[pair], x.values[pair], tk, tv)
-  return _Keys(pair, at, *(_load(a, at) for a in arrays))
+  return _Keys(
+    pair,
+    at,
+    _load(x.keys[pair], at),
+    _load(x.values[pair], at),
+    _maybe_load(t.keys[pair] if t else None, at),
+    _maybe_load(t.values[pair] if t else None, at),
+  )
 
 
 def _load_lse(lse: Array, at: _Tile) -> Array:
@@ -314,9 +324,9 @@ def _load_lse(lse: Array, at: _Tile) -> Array:
 
 
 def _store(buffers, at: _Tile, tiles):
-  """Writes tiles [b n tile d] and [b n tile] into buffers, cast to theirs."""
+  """Writes tiles [b n tile d] or [b n tile] into their buffers."""
   return tuple(
-    buffer if buffer is None else _write(buffer, at, tile)
+    _write(buffer, at, tile)
     for buffer, tile in zip(buffers, tiles, strict=True)
   )
 
