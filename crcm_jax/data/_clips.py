@@ -46,6 +46,7 @@ Split: TypeAlias = Literal["train", "test"]
 _SPLITS = ("train", "test")
 _TEST_EVERY = 5  # every fifth scan of each digit is a test scan
 _MIN_DISTANCE = 10.0  # pixels between two digits in the first frame
+_FREE_FRAMES = 3  # steps before the first bounce, so that captions show
 _ROOM = CANVAS - DIGIT_SIZE
 
 _DIRECTIONS = tuple((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y)
@@ -88,7 +89,7 @@ def make_clip(
   """Makes clip number `index` of a split; the same arguments, the same clip.
 
   One or two different digits start at least 10 pixels apart, each in one of
-  eight directions at one of three speeds.
+  eight directions at one of three speeds, and go three steps before a bounce.
 
   Args:
     index: which clip, from 0.
@@ -118,7 +119,7 @@ def make_clip(
   velocity = directions * (np.array(speeds) / norms)[:, None]  # [k, 2]
   colours = _colours(rng, count, channels)
 
-  positions, velocities = bounce(_starts(rng, count), velocity, frames)
+  positions, velocities = bounce(_starts(rng, velocity), velocity, frames)
   video = render_clip(_load_scans()[0][scans], positions, colours)
   labels = Labels(
     digits=_pad(digits, -1, axis=0).astype(np.int32),
@@ -193,11 +194,18 @@ def _keys_kernel(u: np.ndarray) -> np.ndarray:
   return np.where(u < 1, near, np.where(u < 2, far, 0.0))
 
 
-def _starts(rng: np.random.Generator, count: int) -> np.ndarray:
-  """Draws (x, y) centres at least `_MIN_DISTANCE` apart: [k, 2]."""
+def _starts(
+  rng: np.random.Generator, velocity: Float[np.ndarray, "k 2"]
+) -> Float[np.ndarray, "k 2"]:
+  """Draws (x, y) centres that are apart and some steps from a bounce."""
+  way = _FREE_FRAMES * velocity
+  low = DIGIT_SIZE / 2 + np.maximum(-way, 0)
+  high = CANVAS - DIGIT_SIZE / 2 - np.maximum(way, 0)
   while True:
-    starts = rng.uniform(DIGIT_SIZE / 2, CANVAS - DIGIT_SIZE / 2, (count, 2))
-    if count == 1 or np.linalg.norm(starts[0] - starts[1]) >= _MIN_DISTANCE:
+    starts = rng.uniform(low, high)
+    if (
+      len(starts) == 1 or np.linalg.norm(starts[0] - starts[1]) >= _MIN_DISTANCE
+    ):
       return starts
 
 

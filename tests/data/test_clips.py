@@ -102,6 +102,14 @@ def test_captions_tell_how_the_labels_start(clips):
       assert slowest <= speed <= fastest
 
 
+def test_the_captioned_motion_lasts_three_steps(clips):
+  for clip in clips:
+    velocities = clip.labels.velocities
+    np.testing.assert_array_equal(
+      velocities[:3], np.broadcast_to(velocities[0], (3, 2, 2))
+    )
+
+
 def test_two_digits_differ_and_start_apart(clips):
   pairs = [clip.labels for clip in clips if clip.labels.digits[1] >= 0]
   assert 10 <= len(pairs) <= 30
