@@ -5,8 +5,9 @@ A scan is drawn `DIGIT_SIZE` pixels large by cubic interpolation (Keys, 1981,
 a = -1/2) at any subpixel position. Along each axis its centre goes to and fro
 between `DIGIT_SIZE / 2` and `CANVAS - DIGIT_SIZE / 2` at constant speed:
 
-  centre(i) = DIGIT_SIZE / 2 + fold(start + i * velocity)
-  fold(u) = room - |u mod (2 room) - room|,  room = CANVAS - DIGIT_SIZE
+  centre(i) = margin + fold(start - margin + i * velocity)
+  fold(u) = room - |u mod (2 room) - room|
+  margin = DIGIT_SIZE / 2,  room = CANVAS - DIGIT_SIZE
 
 Where digits cross, the brighter ink wins. Everything about a clip follows from
 (seed, split, index), and no scan serves both splits.
@@ -121,15 +122,9 @@ def make_clip(
 
   positions, velocities = bounce(_starts(rng, velocity), velocity, frames)
   video = render_clip(_load_scans()[0][scans], positions, colours)
-  labels = Labels(
-    digits=_pad(digits, -1, axis=0).astype(np.int32),
-    scans=_pad(scans, -1, axis=0).astype(np.int32),
-    positions=_pad(positions, 0, axis=1).astype(np.float32),
-    velocities=_pad(velocities, 0, axis=1).astype(np.float32),
-  )
   said = (array.tolist() for array in (digits, directions, words))
-  clauses = [_clause(*words) for words in zip(*said, strict=True)]
-  return Clip(video, _text.write_caption(clauses), labels)
+  caption = _text.write_caption(list(map(_clause, *said)))
+  return Clip(video, caption, _labels(digits, scans, positions, velocities))
 
 
 def bounce(
@@ -203,9 +198,8 @@ def _starts(
   high = CANVAS - DIGIT_SIZE / 2 - np.maximum(way, 0)
   while True:
     starts = rng.uniform(low, high)
-    if (
-      len(starts) == 1 or np.linalg.norm(starts[0] - starts[1]) >= _MIN_DISTANCE
-    ):
+    distance = np.linalg.norm(starts[0] - starts[-1])
+    if len(starts) == 1 or distance >= _MIN_DISTANCE:
       return starts
 
 
@@ -226,8 +220,23 @@ def _clause(digit: int, direction: list[int], speed: str) -> _text.Clause:
   )
 
 
+def _labels(
+  digits: Int[np.ndarray, "k"],
+  scans: Int[np.ndarray, "k"],
+  positions: Float[np.ndarray, "f k 2"],
+  velocities: Float[np.ndarray, "f k 2"],
+) -> Labels:
+  """Gives absent digits their places."""
+  return Labels(
+    digits=_pad(digits, -1, axis=0).astype(np.int32),
+    scans=_pad(scans, -1, axis=0).astype(np.int32),
+    positions=_pad(positions, 0, axis=1).astype(np.float32),
+    velocities=_pad(velocities, 0, axis=1).astype(np.float32),
+  )
+
+
 def _pad(x: np.ndarray, value: int, *, axis: int) -> np.ndarray:
-  """Fills the places of absent digits."""
+  """Fills axis `axis` up to `MAX_DIGITS`."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, MAX_DIGITS - x.shape[axis])
   return np.pad(x, widths, constant_values=value)
