@@ -131,11 +131,11 @@ def _check_processes(batch_size: int, index: int, count: int) -> None:
       f" {count}; got {index}. Pass `jax.process_index()` and"
       " `jax.process_count()`."
     )
-  if batch_size % count:
+  if batch_size < 1 or batch_size % count:
     raise ValueError(
-      f"`batch_size` must be a multiple of the {count} processes, for it"
-      f" counts the clips of all together; got {batch_size}. The next smaller"
-      f" one is {batch_size // count * count}."
+      f"`batch_size` must be a positive multiple of the {count} processes, for"
+      f" it counts the clips of all together; got {batch_size}. The next larger"
+      f" one is {(max(batch_size, 0) // count + 1) * count}."
     )
 
 

@@ -30,6 +30,14 @@ def test_a_batch_holds_latents_and_captions(builder):
   assert 0.5 < batch.x_0.std() < 1.5
 
 
+def test_colours_are_more_channels(tmp_path):
+  builder = data.prepare_moving_digits(
+    tmp_path, channels=3, frames=2, train_clips=4, test_clips=1
+  )
+  assert builder.info.full_name.startswith("moving_digits/rgb.frames-2")
+  assert next(batches(builder, frames=2)).x_0.shape == (4, 2, 8, 8, 48)
+
+
 def test_an_epoch_reads_every_clip_once_in_another_order(builder):
   iterator = batches(builder)
   first, second = keys(take(iterator, 11)), keys(take(iterator, 11))
@@ -107,7 +115,8 @@ def test_evaluation_reads_the_split_once_in_a_fixed_order(builder):
 @pytest.mark.parametrize(
   ("setting", "message"),
   [
-    ({"batch_size": 5, "process_count": 2}, "multiple of the 2 .* got 5"),
+    ({"batch_size": 5, "process_count": 2}, "of the 2 .* got 5.* one is 6"),
+    ({"batch_size": 0}, "`batch_size` must be a positive .* got 0.* one is 1"),
     ({"process_index": 2, "process_count": 2}, r"lie in \[0, 2\).* got 2"),
     ({"frames": 13}, r"`frames` must lie in \[1, 12\].* got 13"),
     ({"frames": 0}, r"`frames` must lie in \[1, 12\].* got 0"),
