@@ -32,7 +32,7 @@ from crcm_jax.kernels._compat import (
   with_axes,
   zero_tangent,
 )
-from crcm_jax.kernels.backend import given, Problem, spread
+from crcm_jax.kernels.backend import given, Problem, spread, sum_dtype
 
 
 def bind(problem: Problem, *operands):
@@ -83,7 +83,7 @@ def _like_q(q):
 
 
 def _like_lse(q):  # [b n s]
-  return with_axes(q, (0, 2, 1), jnp.promote_types(q.dtype, jnp.float32))
+  return with_axes(q, (0, 2, 1), sum_dtype(q.dtype))
 
 
 def _batch(prim, args, dims, **params):

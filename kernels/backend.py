@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from crcm_jax.kernels.mask import BlockMask
@@ -81,6 +82,11 @@ class Problem:
 
 def _group(flat):
   return flat[0], tuple(flat[1::2]), tuple(flat[2::2])
+
+
+def sum_dtype(dtype) -> jnp.dtype:
+  """Returns the dtype to accumulate in: at least float32."""
+  return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)
 
 
 def given(tangents: Sequence) -> tuple[list, tuple[bool, ...]]:

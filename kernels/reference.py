@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from crcm_jax.kernels.backend import Operands, Problem
+from crcm_jax.kernels.backend import Operands, Problem, sum_dtype
 
 
 def attention(
@@ -32,7 +32,7 @@ def attention(
   Returns:
     The output; 0 for a query that sees nothing.
   """
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  dtype = sum_dtype(q.dtype)
   # What no query sees may hold anything, even NaN: 0 * NaN must not appear.
   seen = visible.any(0)[None, :, None, None]
   k, v = (jnp.where(seen, x, 0).astype(dtype) for x in (k, v))

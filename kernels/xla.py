@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from crcm_jax.kernels._compat import vary_like
-from crcm_jax.kernels.backend import Operands, Problem, Tangents
+from crcm_jax.kernels.backend import Operands, Problem, sum_dtype, Tangents
 from crcm_jax.kernels.mask import BlockMask
 
 _LOWEST = -1e30  # finite: the difference of two such is 0, not NaN
@@ -350,34 +350,30 @@ def _add(buffers, keys: _Keys, tile):
   return (*buffers[: keys.pair], new, *buffers[keys.pair + 1 :])
 
 
-def _float32(dtype):
-  return jnp.promote_types(dtype, jnp.float32)
-
-
 def _zeros_like(x, dtype=None):
-  return vary_like(jnp.zeros(x.shape, dtype or _float32(x.dtype)), x)
+  return vary_like(jnp.zeros(x.shape, dtype or sum_dtype(x.dtype)), x)
 
 
 def _lse_buffer(q):
   b, s, n, _ = q.shape
-  return vary_like(jnp.zeros((b, n, s), _float32(q.dtype)), q)
+  return vary_like(jnp.zeros((b, n, s), sum_dtype(q.dtype)), q)
 
 
 def _no_scores(q):
   """Running maximum and sum before any key: tiles [b n tile]."""
-  zero = vary_like(jnp.zeros(q.shape[:3], _float32(q.dtype)), q)
+  zero = vary_like(jnp.zeros(q.shape[:3], sum_dtype(q.dtype)), q)
   return zero + _LOWEST, zero
 
 
 def _dot(equation: str, a, b):
   """A product in the dtype of `b`, accumulated in at least float32."""
   return jnp.einsum(
-    equation, a.astype(b.dtype), b, preferred_element_type=_float32(b.dtype)
+    equation, a.astype(b.dtype), b, preferred_element_type=sum_dtype(b.dtype)
   )
 
 
 def _row_dot(a, b):
-  dtype = _float32(a.dtype)
+  dtype = sum_dtype(a.dtype)
   return (a.astype(dtype) * b.astype(dtype)).sum(-1)
 
 
