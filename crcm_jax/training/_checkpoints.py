@@ -7,16 +7,18 @@ and renames it, so that a folder with a number for a name is complete; one that
 was damaged later is skipped for the one before it, and the reader is told.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 
 from crcm_jax._version import __version__
 from crcm_jax.training import _config
+
+_LOG = logging.getLogger(__name__)
 
 State = TypeVar("State")
 
@@ -137,7 +139,7 @@ class Checkpoints:
     for step in damaged:
       aside = f"{step}.damaged"
       (self._folder / str(step)).rename(self._folder / aside)
-      logging.warning(
+      _LOG.warning(
         "The checkpoint of step %d in %s is damaged: it was renamed to %s, and"
         " the one before it is used.",
         *(step, self._folder, aside),

@@ -133,6 +133,10 @@ class Section:
       return default
     return self[key]
 
+  def take(self, key: str, default: Any = None) -> Any:
+    """Returns the value of `key` with all it holds: no section, and read."""
+    return _plain(self.get(key, default))
+
   def section(self, key: str) -> "Section":
     """Returns the section of `key`, an empty one where there is none."""
     return self[key] if key in self else Section({}, f"{self._name}.{key}")
@@ -161,7 +165,7 @@ class Section:
           f"`{self._name}.{key}` is not a setting of"
           f" `{function.__name__}`{_did_you_mean(key, free)}; it takes {free}."
         )
-    settings = {key: _plain(self[key]) for key in keys}
+    settings = {key: self.take(key) for key in keys}
     signature = inspect.signature(function)
     try:
       signature.bind(*args, **settings, **more)
@@ -203,10 +207,12 @@ class Section:
 
 
 def _plain(value: Any) -> Any:
-  """A value, or the dictionary of a section, whose keys count as read."""
-  if not isinstance(value, Section):
-    return value
-  return {key: _plain(value[key]) for key in list(value._values)}
+  """A value without sections and lists; the keys of sections count as read."""
+  if isinstance(value, Section):
+    return {key: value.take(key) for key in value._values}
+  if isinstance(value, list | tuple):
+    return tuple(map(_plain, value))
+  return value
 
 
 def _is_mapping(value: Any) -> bool:

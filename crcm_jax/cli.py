@@ -1,0 +1,367 @@
+"""The command `crcm`: train, sample, evaluate, export, print-config."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crcm_jax import data, evaluation, models
+from crcm_jax.training import (
+  _config,
+  _evaluation,
+  _experiment,
+  _loop,
+  _networks,
+  _stages,
+  _writers,
+)
+
+_LOG = logging.getLogger("crcm_jax")
+
+CACHE = pathlib.Path(
+  os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"), "crcm_jax"
+)
+"""Compiled programs and datasets, which runs share."""
+
+_DIGITS = "experiments/configs/moving_digits.py"
+
+_EXAMPLES = {
+  "train": f"""examples:
+  crcm train --config {_DIGITS} --workdir runs/digits
+  crcm train --config {_DIGITS}:gpu --workdir runs/gpu --stage causal
+  crcm train --config {_DIGITS}:runlocal --workdir /tmp/try --config.seed=1
+
+The same command goes on where a run was stopped. Afterwards the workdir has a
+folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.""",
+  "sample": """examples:
+  crcm sample runs/digits --out clip.gif --caption "seven moving left, fast"
+  crcm sample runs/digits/self_forcing:live@300 --out clip.mp4 --steps 2
+  crcm sample experiments/moving_digits/weights/causal.safetensors --out a.png
+
+SOURCE is an experiment (its last stage), a stage's workdir, or a safetensors
+file, with [:ema|:live][@STEP]. Chunks, schedules and context come from it.""",
+  "evaluate": """examples:
+  crcm evaluate runs/digits
+
+Scores the networks of an experiment that `crcm train` made, and writes
+report.html and report.json into its workdir.""",
+  "export": """examples:
+  crcm export runs/teachers/causal --out weights/causal.safetensors
+
+Beside the file, NAME.json says where the weights come from (config, command,
+step, hash) and NAME.log.jsonl holds the training's metrics.""",
+  "print-config": f"""examples:
+  crcm print-config --config {_DIGITS}:gpu
+  crcm print-config --config {_DIGITS} --config.seed=1""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command.
+
+  Args:
+    argv: the words after `crcm`; those of this process if None.
+
+  Returns:
+    The exit status: 0, 2 for a bad argument, 143 for a run that was stopped.
+  """
+  words = list(sys.argv[1:] if argv is None else argv)
+  parser = _parser()
+  arguments, rest = parser.parse_known_args(words)
+  overrides = [w.removeprefix("--config.") for w in rest if _is_change(w)]
+  if unknown := [word for word in rest if not _is_change(word)]:
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+  if overrides and "config" not in arguments:
+    parser.error("only `train` and `print-config` take --config.KEY=VALUE")
+  _log_to_stderr()
+  _keep_compiled_programs()
+  arguments.overrides = overrides
+  arguments.command = shlex.join(["crcm", *words])
+  try:
+    arguments.run(arguments)
+  except (ValueError, OSError, ImportError, _loop.NonFiniteUpdate) as error:
+    print(f"crcm: {error}", file=sys.stderr)
+    return 2
+  except _loop.Interrupted as error:
+    print(f"crcm: {error}", file=sys.stderr)
+    return 143
+  return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+  """Trains all stages of a config, or one, and writes the report."""
+  config = _config.load_config(arguments.config, arguments.overrides)
+  experiment = _experiment.read_experiment(config)
+  folders = _folders(arguments)
+  if arguments.stage is None:
+    chosen = list(experiment.stages.values())
+  else:
+    chosen = [_stage_named(experiment, arguments.stage)]
+  folders.experiment.mkdir(parents=True, exist_ok=True)
+  record = {"command": arguments.command, "config": experiment.config}
+  _write_json(folders.experiment / "experiment.json", record)
+  start = time.monotonic()
+  for stage in chosen:
+    _loop.train_stage(stage, folders)
+  if arguments.stage is None and experiment.evaluation is not None:
+    _report(experiment, folders, arguments.command)
+  _LOG.info("Done in %.1f minutes.", (time.monotonic() - start) / 60)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+  """Scores the networks of an experiment and writes its report."""
+  folders = _folders(arguments)
+  record = _read_experiment_json(folders.experiment)
+  experiment = _experiment.read_experiment(record["config"])
+  _report(experiment, folders, record["command"])
+
+
+def sample(arguments: argparse.Namespace) -> None:
+  """Generates one clip and writes it as a video."""
+  origin = _networks.load_source(
+    _of_last_stage(arguments.source), workdir=pathlib.Path()
+  )
+  stage = _stages.stage_of(origin)
+  params = _networks.adopt(
+    origin, stage.model, pattern=stage.pattern, name="SOURCE"
+  )
+  batch = _batch_of(stage, arguments.caption, arguments.frames)
+  latents = stage.sampler()(
+    params, jax.random.key(arguments.seed), batch, arguments.steps
+  )
+  (video,) = np.asarray(stage.dataset.decode(latents))
+  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
+  print(path)
+
+
+def export(arguments: argparse.Namespace) -> None:
+  """Writes a stage's moving average as safetensors, with its origin."""
+  source = _networks.parse_source(arguments.source)
+  origin = _networks.load_source(arguments.source, workdir=pathlib.Path())
+  out = pathlib.Path(arguments.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  models.save_params(
+    out, origin.params, origin.about, dtype=jnp.dtype(arguments.dtype)
+  )
+  workdir = _networks.find(source.where)
+  command = _read_experiment_json(workdir.parent)["command"]
+  about = {
+    "command": command,
+    "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+    "config_hash": _config.config_hash(origin.about),
+    **origin.about,
+  }
+  _write_json(out.with_suffix(".json"), about)
+  rows = _writers.read_metrics(workdir / "metrics.jsonl")
+  every = max(1, len(rows) // 200)
+  log = "".join(json.dumps(row) + "\n" for row in rows[every - 1 :: every])
+  out.with_suffix(".log.jsonl").write_text(log)
+  print(out)
+
+
+def print_config(arguments: argparse.Namespace) -> None:
+  """Prints a config after all changes, once it is known to be readable."""
+  config = _config.load_config(arguments.config, arguments.overrides)
+  _experiment.read_experiment(config)
+  print(config)
+
+
+def _report(
+  experiment: _experiment.Experiment, folders: _loop.Folders, command: str
+) -> None:
+  _LOG.info("Evaluating.")
+  report = _evaluation.evaluate_experiment(
+    experiment,
+    folders,
+    command=command,
+    on_row=lambda name, row: _LOG.info("%s: %s", name, _row_text(row)),
+  )
+  print(f"The report is {report.absolute()}")
+
+
+def _row_text(row: dict[str, float]) -> str:
+  return ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+
+
+def _stage_named(
+  experiment: _experiment.Experiment, name: str
+) -> _stages.Stage:
+  if name not in experiment.stages:
+    raise ValueError(
+      f"`--stage` must be one of {list(experiment.stages)}; got {name!r}."
+    )
+  return experiment.stages[name]
+
+
+def _of_last_stage(text: str) -> str:
+  """Turns a source that names an experiment into that of its last stage."""
+  where = _networks.parse_source(text).where
+  if not pathlib.Path(where, "experiment.json").exists():
+    return text
+  config = _read_experiment_json(pathlib.Path(where))["config"]
+  return f"{where}/{config['stages'][-1]}{text.removeprefix(where)}"
+
+
+def _batch_of(
+  stage: _stages.Stage, caption: str, frames: int | None
+) -> data.Batch:
+  """Returns a batch of one example, whose latents only give a shape."""
+  _, usual, *rest = stage.dataset.shapes().x_0.shape
+  return data.Batch(
+    jnp.zeros((1, frames or usual, *rest)),
+    jnp.asarray(stage.dataset.encode([caption])),
+    jnp.asarray(stage.dataset.encode([data.NULL_CAPTION])),
+  )
+
+
+def _folders(arguments: argparse.Namespace) -> _loop.Folders:
+  return _loop.Folders(
+    pathlib.Path(arguments.workdir), pathlib.Path(arguments.data_dir)
+  )
+
+
+def _read_experiment_json(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / "experiment.json"
+  if not path.exists():
+    raise ValueError(
+      f"WORKDIR must be one that `crcm train` made; {str(folder)!r} has no"
+      " experiment.json."
+    )
+  return json.loads(path.read_text())
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _is_change(word: str) -> bool:
+  return word.startswith("--config.")
+
+
+def _log_to_stderr() -> None:
+  """Prints the library's own messages; those of others only if warnings."""
+  if not _LOG.handlers:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _LOG.addHandler(handler)
+  _LOG.setLevel(logging.INFO)
+
+
+def _keep_compiled_programs() -> None:
+  """Keeps compiled programs for the next run, where JAX was told nothing."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "programs"))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="crcm",
+    description="Distil video diffusion models into streaming generators.",
+    epilog="`crcm COMMAND --help` shows examples. Compiled programs are kept"
+    f" in {CACHE / 'programs'}, or in JAX_COMPILATION_CACHE_DIR.",
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  _add_train(commands)
+  _add_sample(commands)
+  _add_evaluate(commands)
+  _add_export(commands)
+  _add_print_config(commands)
+  return parser
+
+
+def _add(commands: Any, name: str, run: Any) -> argparse.ArgumentParser:
+  command = commands.add_parser(
+    name,
+    help=run.__doc__.split("\n")[0],
+    description=run.__doc__,
+    epilog=_EXAMPLES[name],
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  command.set_defaults(run=run)
+  return command
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE.py[:VARIANT]",
+    help="what to run; --config.KEY=VALUE changes one of its keys",
+  )
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--data_dir",
+    default=str(CACHE / "data"),
+    help="where datasets are built and read (default: %(default)s)",
+  )
+
+
+def _add_train(commands: Any) -> None:
+  command = _add(commands, "train", train)
+  _add_config(command)
+  command.add_argument(
+    "--workdir", required=True, help="where the run is kept, and resumed from"
+  )
+  command.add_argument(
+    "--stage", help="train this stage only, and write no report"
+  )
+  _add_data_dir(command)
+
+
+def _add_sample(commands: Any) -> None:
+  command = _add(commands, "sample", sample)
+  command.add_argument("source", metavar="SOURCE", help="what to sample")
+  command.add_argument(
+    "--out", required=True, help="the video: *.mp4, *.gif or *.png"
+  )
+  command.add_argument(
+    "--caption",
+    default="seven moving left and up, fast; two moving down",
+    help="what to show (default: %(default)r)",
+  )
+  command.add_argument(
+    "--steps", type=int, help="denoising steps a chunk; the most by default"
+  )
+  command.add_argument(
+    "--frames", type=int, help="latent frames; as many as in training"
+  )
+  command.add_argument("--seed", type=int, default=0, help="of the noise")
+  command.add_argument("--fps", type=float, default=8.0, help="frames a second")
+
+
+def _add_evaluate(commands: Any) -> None:
+  command = _add(commands, "evaluate", evaluate)
+  command.add_argument("workdir", metavar="WORKDIR", help="of `crcm train`")
+  _add_data_dir(command)
+
+
+def _add_export(commands: Any) -> None:
+  command = _add(commands, "export", export)
+  command.add_argument("source", metavar="SOURCE", help="a stage's workdir")
+  command.add_argument("--out", required=True, help="the file *.safetensors")
+  command.add_argument(
+    "--dtype", default="bfloat16", help="to store (default: %(default)s)"
+  )
+
+
+def _add_print_config(commands: Any) -> None:
+  _add_config(_add(commands, "print-config", print_config))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,213 @@
+"""The data that a config can name.
+
+Each choice is a frozen record of settings that makes batches to train on and
+labelled held-out clips to evaluate on, and maps captions and latents.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crcm_jax import data
+from crcm_jax._typing import Array
+
+
+class Dataset(Protocol):
+  """What the training loop needs of a dataset."""
+
+  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
+    """Returns this process's batches, for ever, in an order set by `seed`."""
+    ...
+
+  def shapes(self) -> Any:
+    """Returns the shapes and dtypes of a batch of all processes."""
+    ...
+
+  def clips(
+    self, folder: pathlib.Path, batch_size: int
+  ) -> Iterator[data.LabelledBatch]:
+    """Returns the held-out clips, once, with captions and labels."""
+    ...
+
+  def decode(self, latents: Array) -> Array:
+    """Returns pixels in [-1, 1], `[b f h w c]` with c 1 or 3."""
+    ...
+
+  def encode(self, captions: Sequence[str]) -> np.ndarray:
+    """Returns the conditions of captions."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingDigits:
+  """The dataset `moving_digits`; see `data.prepare_moving_digits`.
+
+  Attributes:
+    batch_size: clips in a batch of all processes together.
+    frames: the first so many of each clip.
+    train_clips: clips to train on.
+    test_clips: clips to evaluate on.
+    seed: of the clips; the run's seed shuffles them.
+  """
+
+  batch_size: int
+  frames: int
+  train_clips: int = 8192
+  test_clips: int = 1024
+  seed: int = 0
+
+  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
+    """Returns this process's batches, for ever, in an order set by `seed`."""
+    return data.moving_digits_batches(
+      self._builder(folder),
+      split="train",
+      batch_size=self.batch_size,
+      frames=self.frames,
+      seed=seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def clips(
+    self, folder: pathlib.Path, batch_size: int
+  ) -> Iterator[data.LabelledBatch]:
+    """Returns the held-out clips, once, with captions and labels."""
+    return data.labelled_moving_digits(
+      self._builder(folder),
+      split="test",
+      batch_size=batch_size,
+      frames=self.frames,
+    )
+
+  def decode(self, latents: Array) -> Array:
+    """Returns pixels in [-1, 1]."""
+    return data.video_from_latents(latents)
+
+  def encode(self, captions: Sequence[str]) -> np.ndarray:
+    """Returns the embeddings of captions."""
+    return data.encode_captions(captions)
+
+  def shapes(self) -> Any:
+    """Returns the shapes and dtypes of a batch of all processes."""
+    size = data.CANVAS // 4
+    return _shapes(
+      (self.batch_size, self.frames, size, size, 16),
+      (self.batch_size, data.TEXT_LENGTH, data.TEXT_WIDTH),
+    )
+
+  def _builder(self, folder: pathlib.Path) -> Any:
+    """Builds the dataset once, also if several stages start together."""
+    with _locked(folder):
+      return data.prepare_moving_digits(
+        folder,
+        train_clips=self.train_clips,
+        test_clips=self.test_clips,
+        seed=self.seed,
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomLatents:
+  """Noise of the size of a real video, to measure speed and memory with.
+
+  Attributes:
+    batch_size: videos in a batch of all processes together.
+    frames: latent frames of a video.
+    height: rows of a latent frame.
+    width: columns of a latent frame.
+    channels: channels of a latent.
+    text_length: text embeddings a prompt.
+    text_width: width of one embedding.
+  """
+
+  batch_size: int
+  frames: int
+  height: int
+  width: int
+  channels: int = 16
+  text_length: int = 512
+  text_width: int = 4096
+
+  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
+    """Returns this process's batches: the n-th one depends on n and seed."""
+    del folder
+    local = self.batch_size // jax.process_count()
+    shapes = [(local, *a.shape[1:]) for a in self.shapes()]
+    return _Noise(shapes, seed + 7919 * jax.process_index())
+
+  def clips(
+    self, folder: pathlib.Path, batch_size: int
+  ) -> Iterator[data.LabelledBatch]:
+    """Raises: noise has no captions to be scored against."""
+    raise ValueError(_NO_CAPTIONS)
+
+  def decode(self, latents: Array) -> Array:
+    """Shows the first channel of the latents."""
+    return latents[..., :1]
+
+  def encode(self, captions: Sequence[str]) -> np.ndarray:
+    """Raises: noise has no captions."""
+    raise ValueError(_NO_CAPTIONS)
+
+  def shapes(self) -> Any:
+    """Returns the shapes and dtypes of a batch of all processes."""
+    frame = (self.height, self.width, self.channels)
+    return _shapes(
+      (self.batch_size, self.frames, *frame),
+      (self.batch_size, self.text_length, self.text_width),
+    )
+
+
+_NO_CAPTIONS = (
+  "`config.data.name` must be a dataset with captions; `random_latents` is"
+  " noise, to measure speed and memory with."
+)
+
+
+class _Noise:
+  """Batches whose position is their number."""
+
+  def __init__(self, shapes: Sequence[tuple[int, ...]], seed: int):
+    self._shapes, self._seed, self._position = shapes, seed, 0
+
+  def __iter__(self) -> Iterator[data.Batch]:
+    return self
+
+  def __next__(self) -> data.Batch:
+    rng = np.random.default_rng((self._seed, self._position))
+    self._position += 1
+    arrays: Any = (rng.standard_normal(s, np.float32) for s in self._shapes)
+    return data.Batch(*arrays)
+
+  def get_state(self) -> dict[str, Any]:
+    return {"position": self._position}
+
+  def set_state(self, state: dict[str, Any], /) -> None:
+    self._position = state["position"]
+
+
+DATASETS = {"moving_digits": MovingDigits, "random_latents": RandomLatents}
+"""The datasets by the names that configs give them."""
+
+
+def _shapes(video: tuple[int, ...], text: tuple[int, ...]) -> Any:
+  arrays: Any = (
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (video, text, text)
+  )
+  return data.Batch(*arrays)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """Lets one process of this machine in at a time."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield

@@ -1,0 +1,262 @@
+"""The training loop of one stage, from top to bottom.
+
+Mesh, data, parameters, state, step functions, restore, loop. What it does at a
+step follows from the config, the state and the data position alone, so a
+resumed run is the run that never stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from crcm_jax.training import _writers, sharding
+from crcm_jax.training._checkpoints import Checkpoints
+from crcm_jax.training._stages import Stage
+from crcm_jax.training._state import TrainState
+from crcm_jax.training._step import Shardings
+
+_LOG = logging.getLogger(__name__)
+
+CLIPS = 4  # sample videos of one step
+
+
+class NonFiniteUpdate(FloatingPointError):
+  """An update was not finite; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, and saved a checkpoint first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+  """Where a run reads and writes.
+
+  Attributes:
+    experiment: holds a workdir for each stage.
+    data: holds the datasets.
+  """
+
+  experiment: pathlib.Path
+  data: pathlib.Path
+
+
+def train_stage(stage: Stage, folders: Folders) -> TrainState:
+  """Trains one stage to its last step, from where its workdir stands.
+
+  Args:
+    stage: what to train.
+    folders: where; the stage's workdir is the subfolder of its name.
+
+  Returns:
+    The state after the last step; its checkpoint is written.
+
+  Raises:
+    ValueError: if the workdir belongs to another config.
+    NonFiniteUpdate: at the first update that is not finite, unless
+      `config.loop.allow_skipped` allows it.
+    Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+  """
+  workdir = folders.experiment / stage.name
+  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
+  mesh = sharding.make_mesh(**stage.mesh)
+  batches = stage.dataset.batches(folders.data, stage.seed)
+
+  like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
+  restored = checkpoints.restore(like, stage.config)
+  if restored is None:
+    state = stage.init_state(folders.experiment)
+    state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, like))
+  else:
+    state = restored.state
+    batches.set_state(restored.data)
+    _LOG.info("%s goes on from step %d.", stage.name, restored.step)
+  frozen = stage.load_frozen(folders.experiment)
+  frozen = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
+
+  first = int(state.step)
+  _describe(stage, workdir, like)
+  run = _Run(stage, checkpoints, _open_writers(stage, workdir, first))
+  steps = stage.train_steps(_shardings(like, frozen, mesh))
+  key = stage.run_key()
+  with run.closing(), _stop_signal() as stop, _bar(stage, first) as bar:
+    for step in range(first + 1, stage.steps + 1):
+      phase = stage.phase(step - 1)
+      batch = sharding.place_batch(next(batches), mesh)
+      state, metrics = steps[phase](state, frozen, batch, key)
+      run.report(bar, step, phase, metrics)
+      if stop.is_set() or stage.loop.is_due("checkpoint", step, stage.steps):
+        run.save(step, state, batches.get_state())
+      if stage.loop.is_due("sample", step, stage.steps):
+        run.sample(step, state.ema, batch)
+      if stop.is_set():
+        raise Interrupted(
+          f"{stage.name} was stopped and saved at step {step}; the same"
+          " command goes on from there."
+        )
+  return state
+
+
+class _Run:
+  """What is written about a run, one step behind the device's work."""
+
+  def __init__(
+    self, stage: Stage, checkpoints: Checkpoints, writer: _writers.Writer
+  ):
+    self._stage, self._checkpoints, self._writer = stage, checkpoints, writer
+    self._pending: tuple[int, str, Mapping[str, Any]] | None = None
+    self._latest: dict[str, float] = {}
+    self._sampler = None
+
+  def report(
+    self, bar: Any, step: int, phase: str, metrics: Mapping[str, Any]
+  ) -> None:
+    """Takes a step's metrics; reads those of the step before.
+
+    Reading waits for the device. One step later it need not wait.
+    """
+    self.flush()
+    self._pending = step, phase, metrics
+    shown = {k: f"{v:.4g}" for k, v in self._latest.items() if "loss" in k}
+    bar.set_postfix(shown, refresh=False)
+    bar.update(1)
+
+  def flush(self) -> None:
+    """Reads and writes the pending metrics, and checks that they are finite.
+
+    Raises:
+      NonFiniteUpdate: if they are not, and the config does not allow it.
+    """
+    if self._pending is None:
+      return
+    step, phase, metrics = self._pending
+    self._pending = None
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    self._check_finite(step, values)
+    self._latest |= {f"{phase}/{name}": v for name, v in values.items()}
+    if self._stage.loop.is_due("log", step, self._stage.steps):
+      self._writer.scalars(step, self._latest)
+
+  def save(self, step: int, state: TrainState, data: Any) -> None:
+    """Starts writing a checkpoint of a step whose metrics are finite."""
+    self.flush()
+    self._checkpoints.save(step, state, data, self._stage.config)
+
+  def sample(self, step: int, params: Any, batch: Any) -> None:
+    """Writes a few clips of the moving average, for the batch's captions."""
+    if self._sampler is None:
+      self._sampler = self._stage.sampler()
+    few = jax.tree.map(lambda a: a[:CLIPS], batch)
+    latents = self._sampler(params, jax.random.key(0), few)
+    videos = np.asarray(self._stage.dataset.decode(latents))
+    names = [f"clip{i}" for i in range(len(videos))]
+    self._writer.videos(step, dict(zip(names, videos, strict=True)))
+
+  @contextlib.contextmanager
+  def closing(self) -> Iterator[None]:
+    """Reads the last metrics at the end, and always closes the files."""
+    try:
+      yield
+      self.flush()
+    finally:
+      self._writer.close()
+      self._checkpoints.close()
+
+  def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+    if values["skipped"] <= self._stage.loop.allow_skipped:
+      return
+    names = [name for name, v in values.items() if not math.isfinite(v)]
+    saved = self._checkpoints.steps()
+    raise NonFiniteUpdate(
+      f"{self._stage.name} stopped at step {step}: its update was not finite"
+      f" ({', '.join(names)}), and was not applied. Checkpoints of steps"
+      f" {saved} are kept. Lower the learning rate, or allow some such updates"
+      " with `--config.loop.allow_skipped=N`."
+    )
+
+
+def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    tree,
+    sharding.shard(tree, mesh, rules),
+  )
+
+
+def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
+  return Shardings(
+    state=jax.tree.map(lambda a: a.sharding, like),
+    frozen=jax.tree.map(lambda a: a.sharding, frozen),
+    batch=sharding.batch_sharding(mesh),
+  )
+
+
+def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
+  """Logs, and keeps in the workdir, the resolved config."""
+  text = json.dumps(stage.config, indent=2)
+  (workdir / "config.json").write_text(text + "\n")
+  parameters = sum(p.size for p in jax.tree.leaves(like.student))
+  placed = sharding.describe(jax.tree.map(lambda a: a.sharding, like))
+  _LOG.info("%s: %d parameters; %s", stage.name, parameters, placed)
+  _LOG.info("%s: config %s", stage.name, text)
+
+
+def _open_writers(
+  stage: Stage, workdir: pathlib.Path, first: int
+) -> _writers.Writer:
+  if jax.process_index() > 0:
+    return _writers.Fanout([])
+  writers: list[_writers.Writer] = [_writers.Files(workdir, from_step=first)]
+  if stage.loop.tensorboard:
+    writers.append(_writers.TensorBoard(workdir, from_step=first))
+  return _writers.Fanout(writers)
+
+
+def _bar(stage: Stage, first: int) -> Any:
+  """Shows stage, step, loss and time left; a line a minute in a log file."""
+  live = sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=stage.steps,
+    initial=first,
+    desc=stage.name,
+    unit="step",
+    mininterval=0.5 if live else 30.0,
+    dynamic_ncols=live,
+  )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+  """Turns the first SIGTERM or SIGINT into an event; a second one acts."""
+  stop = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+  old = {}
+
+  def ask(number: int, frame: Any) -> None:
+    del frame
+    stop.set()
+    signal.signal(number, old[number])
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    old[number] = signal.signal(number, ask)
+  try:
+    yield stop
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)

@@ -1,0 +1,129 @@
+"""Where a run's numbers and pictures go.
+
+`Files` writes one JSON object per line to `metrics.jsonl` and one gif per clip
+to `samples/`; `TensorBoard` writes the same for TensorBoard. Several writers
+are one `Writer` through `Fanout`.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from crcm_jax import _extras
+from crcm_jax.evaluation import write_video
+
+
+class Writer(Protocol):
+  """Takes what a run reports of a step."""
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers by name."""
+    ...
+
+  def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+    """Writes clips by name, each `[f, h, w, c]` in [-1, 1]."""
+    ...
+
+  def close(self) -> None:
+    """Writes what is still in memory."""
+    ...
+
+
+class Fanout:
+  """Hands everything on to several writers."""
+
+  def __init__(self, writers: Sequence[Writer]):
+    self._writers = tuple(writers)
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers to each writer."""
+    for writer in self._writers:
+      writer.scalars(step, values)
+
+  def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+    """Writes clips to each writer."""
+    for writer in self._writers:
+      writer.videos(step, videos)
+
+  def close(self) -> None:
+    """Closes each writer."""
+    for writer in self._writers:
+      writer.close()
+
+
+class Files:
+  """`metrics.jsonl` and `samples/NAME_STEP.gif` in a folder."""
+
+  def __init__(self, folder: pathlib.Path | str, *, from_step: int = 0):
+    """Opens the files for appending.
+
+    Args:
+      folder: where the files go; made if it is missing.
+      from_step: the step that the run goes on from. Lines of later steps,
+        which a run wrote that stopped after its last checkpoint, go away, so
+        that a resumed run leaves the same file as one that never stopped.
+    """
+    self._folder = pathlib.Path(folder)
+    self._folder.mkdir(parents=True, exist_ok=True)
+    path = self._folder / "metrics.jsonl"
+    kept = [r for r in read_metrics(path) if r["step"] <= from_step]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    self._file = path.open("a")
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Appends one line."""
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+
+  def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+    """Writes one gif a clip."""
+    folder = self._folder / "samples"
+    folder.mkdir(exist_ok=True)
+    for name, video in videos.items():
+      write_video(folder / f"{name}_{step:07d}.gif", video)
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
+  """Reads `metrics.jsonl`; a last line that is cut short is left out."""
+  path = pathlib.Path(path)
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class TensorBoard:
+  """Event files for TensorBoard; a clip is one picture of its frames."""
+
+  def __init__(self, folder: pathlib.Path | str, *, from_step: int = 0):
+    """Opens an event file; `from_step` hides later steps of an earlier run."""
+    tensorboard = _extras.require("tensorboardX", extra="video")
+    self._writer = tensorboard.SummaryWriter(
+      str(folder), purge_step=from_step + 1 if from_step else None
+    )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds one point to each curve."""
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+    """Adds each clip as a strip: its frames side by side, in time's order."""
+    for name, video in videos.items():
+      strip = np.concatenate(list(video), axis=1)  # [h, f*w, c]
+      picture = (np.clip(strip, -1, 1) + 1) / 2
+      self._writer.add_image(name, picture, step, dataformats="HWC")
+
+  def close(self) -> None:
+    """Writes what is still in memory."""
+    self._writer.close()

@@ -1,0 +1,214 @@
+"""Moving digits: distil a causal teacher into a streaming few-step student.
+
+  crcm train --config experiments/configs/moving_digits.py --workdir DIR
+
+Variants, given as `moving_digits.py:VARIANT`:
+
+  (none)        The quickstart. Shipped teachers; the CPU trains the stages
+                `consistency` (TF-sCM) and `self_forcing` (SF-DMD with its
+                critic), then evaluates.
+  from_scratch  The same, and trains the teachers on the CPU first.
+  gpu           The same experiment at a size for one GPU; trains everything.
+  teachers      The two teachers alone, for a GPU; `crcm export` made the
+                shipped weights of them.
+  runlocal      Everything from scratch at a size for tests.
+"""
+
+import ml_collections
+
+WEIGHTS = "experiments/moving_digits/weights"
+
+
+def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:
+  """Returns the config of a variant."""
+  variants = {
+    "quickstart": _quickstart,
+    "from_scratch": _from_scratch,
+    "gpu": _gpu,
+    "teachers": _teachers,
+    "runlocal": _runlocal,
+  }
+  if variant not in variants:
+    raise ValueError(
+      f"the variant must be one of {sorted(variants)}; got {variant!r}."
+    )
+  return ml_collections.ConfigDict(variants[variant]()).lock()
+
+
+def _shared():
+  return dict(
+    seed=0,
+    ema_rate=0.1,
+    network=dict(
+      layers=4,
+      width=64,
+      heads=4,
+      ffn_width=256,
+      freq_width=64,
+      text_width=32,
+      text_length=8,
+    ),
+    pattern=dict(first=3, rest=3),
+    data=dict(
+      name="moving_digits",
+      batch_size=16,
+      frames=9,
+      train_clips=8192,
+      test_clips=1024,
+    ),
+    sampling=dict(
+      mid_times={"4": ((15 / 16, 5 / 6, 5 / 8),), "2": ((5 / 6,),), "1": ((),)},
+      context="clean",
+      ode_steps=50,
+      ode_shift=3.0,
+      guidance=3.0,
+    ),
+    loop=dict(
+      log_every=1,
+      checkpoint_every=100,
+      sample_every=100,
+      keep=2,
+      allow_skipped=0,
+      tensorboard=True,
+    ),
+  )
+
+
+def _evaluation():
+  return dict(
+    classifier=f"{WEIGHTS}/classifier.safetensors",
+    num_clips=256,
+    num_reference=512,
+    num_examples=4,
+    batch_size=64,
+    seed=0,
+  )
+
+
+def _bidirectional(steps, learning_rate=1e-3):
+  return dict(
+    steps=steps,
+    objective=dict(
+      name="bidirectional_diffusion",
+      time=dict(name="shifted_uniform", shift=3.0),
+      weighting="none",
+      caption_dropout=0.1,
+      loss_scale=1.0,
+    ),
+    optimizer=dict(learning_rate=learning_rate, b1=0.9, weight_decay=0.01),
+  )
+
+
+def _causal(steps, learning_rate=1e-3):
+  return dict(
+    steps=steps,
+    objective=dict(
+      name="teacher_forcing",
+      time=dict(name="shifted_uniform", shift=3.0),
+      weighting="none",
+      caption_dropout=0.1,
+      loss_scale=1.0,
+    ),
+    optimizer=dict(learning_rate=learning_rate, b1=0.9, weight_decay=0.01),
+    init=dict(student="bidirectional"),
+  )
+
+
+def _consistency(steps, causal, learning_rate=3e-4):
+  return dict(
+    steps=steps,
+    objective=dict(
+      name="continuous_consistency",
+      time=dict(name="logit_normal", mean=-0.8, std=1.6),
+      guidance=3.0,
+      tangent_warmup=steps // 3,
+      loss_scale=1.0,
+    ),
+    optimizer=dict(
+      learning_rate=learning_rate, b1=0.0, weight_decay=0.01, warmup_steps=20
+    ),
+    init=dict(student=causal, teacher=causal),
+  )
+
+
+def _self_forcing(steps, bidirectional, learning_rate=1e-4):
+  return dict(
+    steps=steps,
+    objective=dict(
+      name="self_forcing",
+      time=dict(name="shifted_uniform", shift=5.0),
+      guidance=3.0,
+      replay="parallel",
+    ),
+    optimizer=dict(
+      learning_rate=learning_rate, b1=0.0, weight_decay=0.01, warmup_steps=10
+    ),
+    critic=dict(time=dict(name="shifted_uniform", shift=5.0)),
+    critic_optimizer=dict(
+      learning_rate=learning_rate, b1=0.0, weight_decay=0.01, warmup_steps=10
+    ),
+    alternation=dict(student_every=5, warmup=0),
+    init=dict(student="consistency", real=bidirectional),
+  )
+
+
+def _quickstart():
+  causal = f"{WEIGHTS}/causal.safetensors"
+  bidirectional = f"{WEIGHTS}/bidirectional.safetensors"
+  return dict(
+    stages=("consistency", "self_forcing"),
+    **_shared(),
+    consistency=_consistency(300, causal),
+    self_forcing=_self_forcing(600, bidirectional),
+    evaluation=_evaluation(),
+  )
+
+
+def _from_scratch():
+  return dict(
+    stages=("bidirectional", "causal", "consistency", "self_forcing"),
+    **_shared(),
+    bidirectional=_bidirectional(2000),
+    causal=_causal(2000),
+    consistency=_consistency(300, "causal"),
+    self_forcing=_self_forcing(600, "bidirectional"),
+    evaluation=_evaluation(),
+  )
+
+
+def _gpu():
+  config = _from_scratch()
+  config["data"]["batch_size"] = 64
+  config |= dict(
+    bidirectional=_bidirectional(20_000),
+    causal=_causal(20_000),
+    consistency=_consistency(3_000, "causal"),
+    self_forcing=_self_forcing(6_000, "bidirectional"),
+  )
+  config["loop"] |= dict(log_every=20, checkpoint_every=1000, sample_every=2000)
+  return config
+
+
+def _teachers():
+  config = _gpu()
+  for stage in ("consistency", "self_forcing"):
+    del config[stage]
+  return config | dict(stages=("bidirectional", "causal"))
+
+
+def _runlocal():
+  config = _from_scratch()
+  config["network"] |= dict(layers=2, width=16, heads=2, ffn_width=32)
+  config["data"] |= dict(batch_size=4, frames=6, train_clips=64, test_clips=96)
+  config["sampling"] |= dict(ode_steps=6)
+  config["loop"] |= dict(checkpoint_every=2, sample_every=4)
+  config["evaluation"] |= dict(
+    num_clips=32, num_reference=64, num_examples=2, batch_size=32
+  )
+  config |= dict(
+    bidirectional=_bidirectional(4),
+    causal=_causal(4),
+    consistency=_consistency(4, "causal"),
+    self_forcing=_self_forcing(6, "bidirectional"),
+  )
+  return config

@@ -1,0 +1,49 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from crcm_jax.training import _writers
+
+CLIP = np.zeros((3, 8, 8, 1), np.float32)
+
+
+def test_one_json_object_a_step_and_one_gif_a_clip(tmp_path):
+  writer = _writers.Files(tmp_path)
+  writer.scalars(1, {"loss": 0.5})
+  writer.scalars(2, {"loss": float("nan")})
+  writer.videos(2, {"digits": CLIP})
+  writer.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0]) == {"step": 1, "loss": 0.5}
+  assert np.isnan(json.loads(lines[1])["loss"])
+  assert (tmp_path / "samples" / "digits_0000002.gif").stat().st_size > 0
+
+
+def test_a_resumed_run_drops_the_steps_after_its_checkpoint(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+  writer = _writers.Files(tmp_path, from_step=2)
+  writer.scalars(3, {"loss": 1.0})
+  writer.close()
+  rows = _writers.read_metrics(path)
+  assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_tensorboard_gets_curves_and_strips(tmp_path):
+  pytest.importorskip("tensorboardX")
+  writer = _writers.Fanout([_writers.TensorBoard(tmp_path)])
+  writer.scalars(1, {"loss": 0.5})
+  writer.videos(1, {"digits": CLIP})
+  writer.close()
+  (events,) = tmp_path.glob("events.*")
+  content = events.read_bytes()
+  assert b"loss" in content
+  assert b"digits" in content
+
+
+def test_a_missing_extra_names_the_pip_command(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(ImportError, match=r"pip install 'crcm_jax\[video\]'"):
+    _writers.TensorBoard(tmp_path)
