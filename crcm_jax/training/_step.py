@@ -97,7 +97,7 @@ def make_train_step(
     updates, new_opt_state = optimizer.update(grads, opt_state, trained)
     new = optax.apply_updates(trained, updates)
     state = advance(state, new, new_opt_state, finite, counters, exponent)
-    scalars = {"loss": loss, "grad_norm": grad_norm, **_means(metrics)}
+    scalars = {"loss": loss, "grad_norm": grad_norm, **_scalars(metrics)}
     return state, scalars | {"skipped": state.skipped.astype(loss.dtype)}
 
   s = shardings or Shardings()
@@ -163,6 +163,20 @@ def _where(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def _means(metrics: NamedTuple) -> Metrics:
-  """Returns each field of the metrics as one number."""
-  return {name: jnp.mean(value) for name, value in metrics._asdict().items()}
+def _scalars(metrics: Any) -> Metrics:
+  """Returns metrics as named numbers: means of floats, sums of counts.
+
+  A field of one number per example and part becomes one number per part,
+  `name/0`, `name/1`, ...
+  """
+  scalars = {}
+  for path, value in jax.tree.leaves_with_path(metrics):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    count = jnp.issubdtype(value.dtype, jnp.integer)
+    over = jnp.sum if count else jnp.mean
+    value = over(value, axis=0) if value.ndim else value
+    if value.ndim:
+      scalars |= {f"{name}/{i}": part for i, part in enumerate(value)}
+    else:
+      scalars[name] = value
+  return scalars

@@ -1,6 +1,6 @@
 """What the train step needs of an objective."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from crcm_jax._typing import Array, Float, Params, PRNGKeyArray
 
@@ -14,8 +14,8 @@ class Objective(Protocol):
   current phase does not train.
   """
 
-  def draws(self, key: PRNGKeyArray, batch: Any, counters: Any) -> NamedTuple:
-    """Returns every random number of one evaluation of the loss."""
+  def draws(self, key: PRNGKeyArray, batch: Any, counters: Any) -> Any:
+    """Returns every random number of the loss, as a NamedTuple."""
     ...
 
   def loss(
@@ -25,6 +25,10 @@ class Objective(Protocol):
     batch: Any,
     draws: Any,
     counters: Any,
-  ) -> tuple[Float[Array, "b"], NamedTuple]:
-    """Returns each example's loss, and metrics. Deterministic."""
+  ) -> tuple[Float[Array, "b"], Any]:
+    """Returns each example's loss, and metrics: a NamedTuple of arrays.
+
+    A field is a number, or has one per example, or per example and part
+    (chunk), `[b, parts]`; integers are counts. The loss is deterministic.
+    """
     ...
