@@ -13,7 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 partial_eval_rules = pe.custom_partial_eval_rules
 remat_rules = pe.partial_eval_jaxpr_custom_rules
-dce_rules = pe.dce_rules
+
+
+def set_dce_rule(prim, rule):
+  """Sets `rule(used_outputs, eqn)`; JAX 0.12 passes live inputs between."""
+  pe.dce_rules[prim] = lambda used, *rest: rule(used, rest[-1])
 
 
 def with_axes(aval, axes, dtype):

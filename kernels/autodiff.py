@@ -24,11 +24,11 @@ from crcm_jax.kernels import second_order
 from crcm_jax.kernels._compat import (
   ad,
   batching,
-  dce_rules,
   mlir,
   partial_eval_rules,
   Primitive,
   remat_rules,
+  set_dce_rule,
   with_axes,
   zero_tangent,
 )
@@ -324,4 +324,5 @@ def _bwd_dce(used, eqn):
 
 partial_eval_rules[fused_p] = _fused_partial_eval
 remat_rules[fused_p] = _fused_remat
-dce_rules.update({fused_p: _fused_dce, bwd_p: _bwd_dce})
+set_dce_rule(fused_p, _fused_dce)
+set_dce_rule(bwd_p, _bwd_dce)
