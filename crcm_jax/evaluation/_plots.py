@@ -62,8 +62,8 @@ class _Axis:
     self,
     low: float,
     high: float,
-    start: float,
-    stop: float,
+    start: int,
+    stop: int,
     *,
     is_log: bool = False,
   ):

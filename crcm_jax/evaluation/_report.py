@@ -226,8 +226,8 @@ def _losses(
     for name, value in row.items():
       if name.endswith("loss"):
         steps, values = losses.setdefault(name, ([], []))
-        steps.append(row["step"])
-        values.append(value)
+        steps.append(float(row["step"]))
+        values.append(float(value))
   return losses
 
 

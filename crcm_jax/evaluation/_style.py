@@ -30,6 +30,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .8rem; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; }
+thead th { white-space: normal; }
 th small { display: block; font-weight: 400; color: var(--soft); }
 th:first-child { text-align: left; }
 tr.floor { background: var(--shade); }

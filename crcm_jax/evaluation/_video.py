@@ -9,6 +9,8 @@ import io
 import math
 import os
 import pathlib
+import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -146,20 +148,24 @@ def _enlarge(frames: np.ndarray, min_size: int) -> np.ndarray:
 
 
 def _encode_mp4(frames: np.ndarray, fps: float) -> bytes:
-  _extras.require("imageio_ffmpeg", extra="video")
-  imageio: Any = _extras.require("imageio.v3", extra="video")
+  """Pipes raw frames through ffmpeg.
+
+  `imageio` would fork this process, which JAX, having threads, warns of.
+  """
+  ffmpeg: Any = _extras.require("imageio_ffmpeg", extra="video")
   # H.264 in its most widely playable form (yuv420p) wants even sides.
   _, height, width = frames.shape[:3]
   pad = [(0, 0), (0, height % 2), (0, width % 2)]
   frames = np.pad(frames, pad + [(0, 0)] * (frames.ndim - 3), mode="edge")
-  return imageio.imwrite(
-    "<bytes>",
-    frames,
-    extension=".mp4",
-    plugin="FFMPEG",
-    fps=fps,
-    macro_block_size=2,
-  )
+  size = f"{frames.shape[2]}x{frames.shape[1]}"
+  kind = "gray" if frames.ndim == 3 else "rgb24"
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, "video.mp4")
+    command = [ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo"]
+    command += ["-pix_fmt", kind, "-s", size, "-r", str(fps), "-i", "-"]
+    command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(path)]
+    subprocess.run(command, input=frames.tobytes(), check=True)
+    return path.read_bytes()
 
 
 def _encode_gif(frames: np.ndarray, fps: float) -> bytes:

@@ -19,6 +19,7 @@ import time
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     optax.cosine_decay_schedule(settings.learning_rate, settings.steps),
     weight_decay=settings.weight_decay,
   )
-  params = NETWORK.init(jax.random.key(settings.seed), train[0][:1])["params"]
+  example = jnp.asarray(train[0][:1])
+  params = NETWORK.init(jax.random.key(settings.seed), example)["params"]
   opt_state = optimizer.init(params)
   step = jax.jit(functools.partial(_step, optimizer))
   rng = np.random.default_rng(settings.seed)
@@ -127,7 +129,7 @@ def _write(settings: argparse.Namespace, params, log: list[dict]) -> None:
       ["python -m experiments.moving_digits.train_classifier", *sys.argv[1:]]
     ),
     "settings": {k: v for k, v in vars(settings).items() if k != "folder"},
-    "held_out": log[-1],
+    "held_out": {name: log[-1][name] for name in ("digits", "exact")},
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,

