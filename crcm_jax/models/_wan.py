@@ -306,7 +306,7 @@ class Wan(nn.Module):
     )
     return layers(self.blocks, carry, xs)
 
-  def _stream(self, x: Latents, t: Times) -> Stream:
+  def _stream(self, x: Latents, t: Float[Array, "#b #f"]) -> Stream:
     island = self.config.precision(x.dtype).island
     patches = patchify(self._compute(x, x), self.config.patch)
     tokens = self.patch_embedding(patches).astype(island)
