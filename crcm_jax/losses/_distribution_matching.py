@@ -122,7 +122,7 @@ def distribution_matching_target(
 
   keep = _examples.finite_examples(direction)
   target = wide(x_0) - direction
-  target = jnp.where(expand(keep, x_0) > 0, target, jnp.nan)
+  target = jnp.where(expand(keep.astype(t.dtype), x_0) > 0, target, jnp.nan)
   direction, scale = _examples.zero_examples((direction, scale), keep)
   metrics = DistributionMatchingMetrics(
     gradient_norm=_examples.norm(direction, frame_weight),
