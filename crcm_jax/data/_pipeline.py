@@ -64,6 +64,7 @@ def moving_digits_batches(
   seed: int = 0,
   shuffle: bool = True,
   epochs: int | None = None,
+  in_memory: bool = False,
   process_index: int = 0,
   process_count: int = 1,
 ) -> BatchIterator:
@@ -80,6 +81,8 @@ def moving_digits_batches(
     seed: of the shuffle; every epoch has another order.
     shuffle: False keeps the order of the files.
     epochs: how often each clip is read; None is for ever.
+    in_memory: whether to read all clips first (75 MB, a few seconds), which
+      then feeds an accelerator several times faster. The batches are the same.
     process_index: of this process, `jax.process_index()`.
     process_count: of all processes, `jax.process_count()`.
 
@@ -94,7 +97,7 @@ def moving_digits_batches(
       too few clips for a batch, or the clips have fewer than `frames` frames.
   """
   _check_processes(batch_size, process_index, process_count)
-  clips = _read_clips(builder, split, frames)
+  clips = _read_clips(builder, split, frames, in_memory)
   if shuffle:
     clips = clips.shuffle(seed=seed)
   stop = len(clips) // process_count * process_count
@@ -139,7 +142,9 @@ def _check_processes(batch_size: int, index: int, count: int) -> None:
     )
 
 
-def _read_clips(builder: Any, split: str, frames: int) -> Any:
+def _read_clips(
+  builder: Any, split: str, frames: int, in_memory: bool = False
+) -> Any:
   """Returns a Grain dataset of dictionaries, cut to their first frames."""
   if split not in get_args(Split):
     raise ValueError(
@@ -154,6 +159,8 @@ def _read_clips(builder: Any, split: str, frames: int) -> Any:
     )
   grain = require("grain", extra="data")
   source = builder.as_data_source(split)
+  if in_memory:
+    return grain.MapDataset.source([_cut(clip, frames) for clip in source])
   return grain.MapDataset.source(source).map(lambda clip: _cut(clip, frames))
 
 

@@ -55,6 +55,7 @@ class MovingDigits:
     train_clips: clips to train on.
     test_clips: clips to evaluate on.
     seed: of the clips; the run's seed shuffles them.
+    in_memory: whether to read all clips first; feeds a GPU faster.
   """
 
   batch_size: int
@@ -62,6 +63,7 @@ class MovingDigits:
   train_clips: int = 8192
   test_clips: int = 1024
   seed: int = 0
+  in_memory: bool = False
 
   def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
     """Returns this process's batches, for ever, in an order set by `seed`."""
@@ -71,6 +73,7 @@ class MovingDigits:
       batch_size=self.batch_size,
       frames=self.frames,
       seed=seed,
+      in_memory=self.in_memory,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )

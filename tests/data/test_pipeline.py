@@ -62,6 +62,12 @@ def test_a_saved_position_resumes_exactly(builder):
   np.testing.assert_array_equal(take(resumed, 6), expected)
 
 
+def test_batches_from_memory_are_the_same(builder):
+  from_files = take(batches(builder, seed=3), 3)
+  held = take(batches(builder, seed=3, in_memory=True), 3)
+  np.testing.assert_array_equal(held, from_files)
+
+
 def test_processes_read_disjoint_clips_that_cover_all(builder):
   shares = [
     keys(x.x_0 for x in batches(
