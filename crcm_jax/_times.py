@@ -5,12 +5,16 @@ Arrays are `[b, *frames, *features]`, times `[b, *frames]`: a video
 time an example, `[b]`.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from crcm_jax._typing import Array, Float
+
+Times: TypeAlias = Array | np.ndarray
+"""Times as an array, or known on the host."""
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -59,7 +63,7 @@ def check_same_shape(name: str, weight: Array | None, t: Array) -> None:
     )
 
 
-def check_range(name: str, t: Array, top: float = 1.0) -> None:
+def check_range(name: str, t: Times, top: float = 1.0) -> None:
   """Checks that concrete times lie in [0, top]; NaN passes.
 
   Under a transformation the values are unknown and nothing is checked.
@@ -80,7 +84,7 @@ def check_range(name: str, t: Array, top: float = 1.0) -> None:
 
 
 def check_decreasing(
-  name: str, times: Array, frame_weight: Array | None = None
+  name: str, times: Times, frame_weight: Array | None = None
 ) -> None:
   """Checks that concrete times decrease along the last axis.
 

@@ -1,0 +1,83 @@
+"""ODE solvers against the reference's trajectories and their own order."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crcm_jax import sampling
+from crcm_jax.testing import GaussianTeacher, golden
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+ANALYTIC = [
+  name
+  for name in golden.cases(GOLDEN / "samplers.npz")
+  if name.startswith("analytic")
+]
+
+
+def analytic(x, t):
+  return 0.7 * x + jnp.sin(3 * t)[:, None, None, None, None]
+
+
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_solvers_match_the_references_trajectories(name):
+  case = golden.load(GOLDEN / "samplers.npz", name)
+  with jax.enable_x64(True):
+    times = np.append(case["timesteps"] / 1000, 0.0)
+    x = sampling.integrate(
+      analytic,
+      jnp.asarray(case["x_init"].astype(np.float64)),
+      times,
+      solver=name.split("_")[1],
+    )
+  expected = case["traj"][-1]
+  np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("unipc", 2)])
+def test_the_error_falls_with_the_solvers_order(solver, order):
+  teacher = GaussianTeacher([1.0, -2.0], [[0.5, 0.2], [0.2, 0.3]])
+  errors, steps = [], (16, 32, 64)
+  with jax.enable_x64(True):
+    x = jnp.array([[0.5, 1.5], [-1.0, 0.3]])
+    start, end = jnp.full((2,), 0.9), jnp.full((2,), 0.1)
+    exact = teacher.flow_map(x, start, end)
+    for n in steps:
+      times = np.linspace(0.9, 0.1, n + 1)
+      ours = sampling.integrate(teacher.velocity, x, times, solver=solver)
+      errors.append(float(jnp.linalg.norm(ours - exact)))
+  slopes = -np.diff(np.log(errors)) / np.log(2)
+  assert slopes.min() > order - 0.15, slopes
+
+
+def test_both_solvers_reach_the_data_from_the_ode_schedule():
+  teacher = GaussianTeacher([1.0, -2.0], [[0.5, 0.2], [0.2, 0.3]])
+  x = jnp.array([[0.5, 1.5]])
+  times = sampling.ode_schedule(60)
+  start = jnp.full((1,), times[0], jnp.float32)
+  exact = teacher.consistency_function(x, start)
+  for solver, tolerance in (("euler", 0.05), ("unipc", 0.005)):
+    ours = sampling.integrate(teacher.velocity, x, times, solver=solver)
+    np.testing.assert_allclose(ours, exact, atol=tolerance)
+
+
+def test_bad_times_and_solvers_are_refused():
+  x, still = jnp.ones((1, 2)), lambda x, t: 0 * x
+  with pytest.raises(ValueError, match="`times` must decrease"):
+    sampling.integrate(still, x, np.array([0.1, 0.9]))
+  with pytest.raises(ValueError, match="`times` must hold at least two"):
+    sampling.integrate(still, x, np.array([0.9]))
+  with pytest.raises(ValueError, match=r"`times` must hold .* in \[0, 1\]"):
+    sampling.integrate(still, x, np.array([999.0, 0.0]))
+  with pytest.raises(ValueError, match="must start below 1 for UniPC"):
+    sampling.integrate(still, x, np.array([1.0, 0.0]), solver="unipc")
+
+
+def test_an_unknown_solver_is_refused(unchecked):
+  del unchecked
+  x, still = jnp.ones((1, 2)), lambda x, t: 0 * x
+  with pytest.raises(ValueError, match="`solver` must be"):
+    sampling.integrate(still, x, np.array([0.9, 0.0]), solver="heun")
