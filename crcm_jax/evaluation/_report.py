@@ -8,6 +8,7 @@ side instead.
 import base64
 import datetime
 import html
+import json
 import math
 import os
 import pathlib
@@ -50,7 +51,8 @@ def write_report(
     results: what `evaluate` returned. A row without a metric, or without
       videos, leaves its place empty.
     command: the command that made the run.
-    config: its resolved config; shown as `str(config)`.
+    config: its resolved config; shown as JSON if it is a mapping, otherwise
+      as text.
     title: the page's heading.
     curves: for each stage, the rows of its `metrics.jsonl` (see
       `training.read_metrics`); each metric called `loss`, or whose name ends
@@ -130,7 +132,9 @@ _MISSING = '<div class="missing">no video</div>'
 
 def _picture(video: np.ndarray, name: str) -> str:
   """Returns a moving picture, still for those who want less motion."""
-  still = _data_uri("image/png", _video.encode_video(video, ".png"))
+  columns = math.ceil(math.sqrt(len(video)))
+  sheet = _video.contact_sheet(video, columns=columns)
+  still = _data_uri("image/png", _video.encode_video(sheet[None], ".png"))
   moving = _data_uri("image/gif", _video.encode_video(video, ".gif", fps=_FPS))
   h, w = video.shape[1:3]
   return (
@@ -236,6 +240,8 @@ def _origin(command: str, config: Any, settings: Mapping[str, Any]) -> str:
   counts = ", ".join(
     f"{name.replace('_', ' ')} {value}" for name, value in settings.items()
   )
+  if isinstance(config, Mapping):
+    config = json.dumps(config, indent=2, default=str)
   return (
     f"<h2>How this was made</h2>\n<pre><code>{html.escape(command)}</code>"
     f"</pre>\n<p>Evaluation: {html.escape(counts)}.</p>\n<details><summary>"

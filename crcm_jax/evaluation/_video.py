@@ -21,6 +21,7 @@ from crcm_jax import _extras
 
 _GAP = 4  # pixels between the frames of a png
 _GAP_VALUE = 128
+_STRIP = 12  # so many frames lie in one row; more, about in a square
 
 
 def write_video(
@@ -118,6 +119,33 @@ def to_uint8(
   return np.round((np.clip(video, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+def contact_sheet(
+  frames: UInt8[np.ndarray, "f h w"] | UInt8[np.ndarray, "f h w 3"],
+  *,
+  columns: int,
+) -> (
+  UInt8[np.ndarray, "sheet_h sheet_w"] | UInt8[np.ndarray, "sheet_h sheet_w 3"]
+):
+  """Lays frames out in rows, in reading order.
+
+  Args:
+    frames: of one clip.
+    columns: frames in a row.
+
+  Returns:
+    One picture, with grey gaps.
+  """
+  count, height, width = frames.shape[:3]
+  rows = math.ceil(count / columns)
+  cell_h, cell_w = height + _GAP, width + _GAP
+  size = (rows * cell_h - _GAP, columns * cell_w - _GAP, *frames.shape[3:])
+  sheet = np.full(size, _GAP_VALUE, np.uint8)
+  for i, frame in enumerate(frames):
+    top, left = (i // columns) * cell_h, (i % columns) * cell_w
+    sheet[top : top + height, left : left + width] = frame
+  return sheet
+
+
 def write_whole(path: pathlib.Path, data: bytes) -> None:
   """Writes a file under another name, then renames: all of it or nothing.
 
@@ -185,23 +213,11 @@ def _encode_gif(frames: np.ndarray, fps: float) -> bytes:
 def _encode_png(frames: np.ndarray, fps: float) -> bytes:
   del fps  # a still picture
   file = io.BytesIO()
-  (sheet,) = _pictures(_contact_sheet(frames)[None])
+  count = len(frames)
+  columns = count if count <= _STRIP else math.ceil(math.sqrt(count))
+  (sheet,) = _pictures(contact_sheet(frames, columns=columns)[None])
   sheet.save(file, format="PNG")
   return file.getvalue()
-
-
-def _contact_sheet(frames: np.ndarray) -> np.ndarray:
-  """Lays frames out in one row, or about in a square when they are many."""
-  count, height, width = frames.shape[:3]
-  columns = count if count <= 12 else math.ceil(math.sqrt(count))
-  rows = math.ceil(count / columns)
-  cell_h, cell_w = height + _GAP, width + _GAP
-  size = (rows * cell_h - _GAP, columns * cell_w - _GAP, *frames.shape[3:])
-  sheet = np.full(size, _GAP_VALUE, np.uint8)
-  for i, frame in enumerate(frames):
-    top, left = (i // columns) * cell_h, (i % columns) * cell_w
-    sheet[top : top + height, left : left + width] = frame
-  return sheet
 
 
 def _pictures(frames: np.ndarray) -> list[Any]:

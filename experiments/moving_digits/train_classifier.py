@@ -19,7 +19,6 @@ import time
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -40,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     optax.cosine_decay_schedule(settings.learning_rate, settings.steps),
     weight_decay=settings.weight_decay,
   )
-  example = jnp.asarray(train[0][:1])
-  params = NETWORK.init(jax.random.key(settings.seed), example)["params"]
+  init = jax.jit(NETWORK.init)
+  params = init(jax.random.key(settings.seed), train[0][:1])["params"]
   opt_state = optimizer.init(params)
   step = jax.jit(functools.partial(_step, optimizer))
   rng = np.random.default_rng(settings.seed)

@@ -22,6 +22,14 @@ def script():
   return runpy.run_path(str(FOLDER / "train_classifier.py"))
 
 
+@pytest.fixture(scope="module")
+def small():
+  """A classifier of few parameters, not trained."""
+  network = evaluation.FrameClassifier(widths=(4,), num_features=5)
+  variables = jax.jit(network.init)(jax.random.key(0), jnp.ones((1, 32, 32)))
+  return evaluation.Classifier(variables["params"], network)
+
+
 def test_shipped_weights_are_those_that_were_logged():
   digest = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
   assert SHIPPED.with_suffix(".sha256").read_text().split()[0] == digest
@@ -54,18 +62,13 @@ def test_script_trains_and_writes_all_files(script, tmp_path):
   )
 
 
-def test_save_and_load_keep_the_network_and_its_parameters(tmp_path):
-  network = evaluation.FrameClassifier(widths=(4, 6), num_features=5)
-  frames = jnp.ones((1, 32, 32))
-  params = network.init(jax.random.key(0), frames)["params"]
-  evaluation.save_classifier(
-    tmp_path / "a.safetensors", evaluation.Classifier(params, network)
-  )
+def test_save_and_load_keep_the_network_and_its_parameters(tmp_path, small):
+  evaluation.save_classifier(tmp_path / "a.safetensors", small)
   loaded = evaluation.load_classifier(tmp_path / "a.safetensors")
-  assert loaded.network == network
+  assert loaded.network == small.network
   rounded = lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32)
   for a, b in zip(
-    jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True
+    jax.tree.leaves(loaded.params), jax.tree.leaves(small.params), strict=True
   ):
     np.testing.assert_array_equal(a, rounded(b))
 
@@ -77,15 +80,12 @@ def test_other_parameters_are_refused(tmp_path):
     evaluation.load_classifier(path)
 
 
-def test_loss_is_the_binary_cross_entropy():
-  network = evaluation.FrameClassifier(widths=(4,), num_features=5)
-  frames = jax.random.normal(jax.random.key(1), (3, 32, 32))
-  params = network.init(jax.random.key(0), frames)["params"]
+def test_loss_is_the_binary_cross_entropy(small):
+  frames = np.random.default_rng(1).normal(size=(3, 32, 32)).astype(np.float32)
   visible = np.arange(30).reshape(3, 10) % 3 == 0
-  p = evaluation.Classifier(params, network)(np.asarray(frames)[:, None])
-  p = p.probabilities[:, 0].astype(np.float64)
+  p = small(frames[:, None]).probabilities[:, 0].astype(np.float64)
   expected = -np.mean(np.where(visible, np.log(p), np.log(1 - p)))
   loss = evaluation.classifier_loss(
-    network, params, frames, jnp.asarray(visible)
+    small.network, small.params, jnp.asarray(frames), jnp.asarray(visible)
   )
   assert float(loss) == pytest.approx(expected, rel=1e-5)

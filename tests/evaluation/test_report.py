@@ -112,7 +112,7 @@ def test_best_sampler_of_each_column_is_bold(page):
 def test_captions_and_commands_are_escaped(page):
   assert "“one & only <b>”" in page.text("h3")
   assert "crcm train --config a.py:<x>" in page.text("code")
-  assert "{'seed': 1}" in page.text("code")
+  assert '{\n  "seed": 1\n}' in page.text("code")
 
 
 def test_header_tells_device_and_date(page):
