@@ -87,7 +87,9 @@ def attention(
   """
   pairs = _pairs(k, v, context)
   _check_arrays(q, pairs)
-  ranged = context_ranges is not None and context is not None
+  if context_ranges is not None and context is None:
+    raise ValueError("`context_ranges` needs a `context` to be about.")
+  ranged = context_ranges is not None
   lengths = [keys.shape[1] for keys, _ in pairs]
   problem = Problem(
     backend=BACKENDS["xla"],
@@ -95,7 +97,7 @@ def attention(
     scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
     pairs=len(pairs),
     ranged=ranged,
-    fused=os.environ.get("CRCM_ATTENTION_RULE") != "unfused",
+    fused=_fused_rule(),
   )
   flat = [q, *itertools.chain(*pairs)]
   if ranged:
@@ -103,6 +105,16 @@ def attention(
   problem = _with_backend(problem, problem.operands(flat), implementation)
   flat.extend(problem.backend.tables(problem.mask, lengths[ranged:]))
   return autodiff.bind(problem, *same_varying(*flat))
+
+
+def _fused_rule() -> bool:
+  """Reads the escape hatch, should a JAX release break the fused rule."""
+  rule = os.environ.get("CRCM_ATTENTION_RULE", "fused")
+  if rule not in ("fused", "unfused"):
+    raise ValueError(
+      f"`CRCM_ATTENTION_RULE` must be 'fused' or 'unfused'; got {rule!r}."
+    )
+  return rule == "fused"
 
 
 def _pairs(k, v, context) -> list[tuple[Array, Array]]:

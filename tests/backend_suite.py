@@ -1,0 +1,421 @@
+"""What every attention backend must do; a backend's tests inherit this.
+
+    class TestMine(backend_suite.BackendSuite):
+      backend = MyBackend()
+
+Expected values come from the equation in numpy float64. Keys that no query
+sees hold NaN in every test.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from crcm_jax import kernels
+
+B, N, D = 2, 2, 4
+FLOATS = ("q", "k", "v", "context_k", "context_v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Sizes and masks of one call: queries, own keys, context keys."""
+
+  s: int
+  z: int = 0
+  y: int = 0
+  mask: kernels.BlockMask | None = None
+  ranges: tuple = ()
+
+  def visible(self):
+    """The dense mask [s, y + z]."""
+    masked = self.z if self.ranges else self.y + self.z
+    own = np.ones((self.s, masked), bool)
+    if self.mask is not None:
+      own = self.mask.dense()
+    if not self.ranges:
+      return own
+    token = np.arange(self.y)
+    seen = np.zeros(self.y, bool)
+    for start, stop in self.ranges:
+      seen |= (start <= token) & (token < stop)
+    return np.concatenate([np.tile(seen, (self.s, 1)), own], 1)
+
+
+_BOUNDARIES = (0, 4, 9)
+_Row, _Mask = kernels.Row, kernels.BlockMask
+CASES = {
+  "self": Case(7, 7),
+  "cross": Case(9, 5),
+  "one": Case(1, 1),
+  "block_causal": Case(9, 9, mask=_Mask.block_causal(_BOUNDARIES)),
+  "window": Case(
+    9, 9, mask=_Mask.block_causal((0, 2, 4, 6, 9), window=1, sink=1)
+  ),
+  "last_chunk": Case(
+    5, 9, mask=_Mask.block_causal(_BOUNDARIES, query_chunk=1, window=2)
+  ),
+  "packed": Case(18, 18, mask=_Mask.teacher_forcing(_BOUNDARIES)),
+  "noisy": Case(9, 9, 9, _Mask.noisy_rows(_BOUNDARIES)),
+  "context": Case(5, 5, 8),
+  "cached": Case(4, 4, 11, ranges=((0, 6),)),
+  "cached_first": Case(4, 4, 11, ranges=((0, 0),)),
+  "sink_window": Case(4, 4, 11, ranges=((7, 9), (0, 2), (8, 10))),
+  "cached_chunks": Case(
+    9, 9, 7, _Mask.block_causal(_BOUNDARIES), ranges=((2, 7),)
+  ),
+  "cache_alone": Case(4, 0, 11, ranges=((3, 10),)),
+  "blind": Case(
+    6, 6, mask=_Mask((_Row((0, 2), ()), _Row((2, 6), ((1, 4),))), 6)
+  ),
+  "nothing_cached": Case(4, 0, 11, ranges=((0, 0),)),
+}
+
+
+def arrays(case, seed=0, dtype=np.float32, poison=True):
+  """Draws q, k, v, context k, context v; unseen keys are NaN."""
+  rng = np.random.default_rng(seed)
+  draw = lambda tokens: rng.normal(size=(B, tokens, N, D)).astype(dtype)
+  out = [draw(m) for m in (case.s, case.z, case.z, case.y, case.y)]
+  if poison:
+    unseen = ~case.visible().any(0)
+    for x, part in zip(
+      out[1:],
+      [unseen[case.y :]] * 2 + [unseen[: case.y]] * 2,
+      strict=True,
+    ):
+      x[:, part] = np.nan
+  return out
+
+
+def call(case, backend, q, k, v, context_k, context_v, ranges=None):
+  """Calls `kernels.attention` as the case says."""
+  q, k, v, context_k, context_v = map(
+    jnp.asarray, (q, k, v, context_k, context_v)
+  )
+  if ranges is None and case.ranges:
+    ranges = jnp.array(case.ranges, jnp.int32)
+  return kernels.attention(
+    q,
+    k if case.z else None,
+    v if case.z else None,
+    context=(context_k, context_v) if case.y else None,
+    context_ranges=ranges,
+    mask=case.mask,
+    implementation=backend,
+  )
+
+
+def _joined(case, x):
+  """q and all keys and values in float64, unseen ones 0."""
+  q, k, v, context_k, context_v = (np.asarray(a, np.float64) for a in x)
+  seen = case.visible().any(0)[None, :, None, None]
+  join = lambda c, own: np.where(seen, np.concatenate([c, own], 1), 0)
+  return q, join(context_k, k), join(context_v, v)
+
+
+def expected(case, x, t=None, do=None):
+  """Output, output tangent and cotangents by the equation."""
+  q, k, v = _joined(case, x)
+  scale = D**-0.5
+  s = scale * np.einsum("bsnd,bznd->bnsz", q, k)
+  e = np.where(case.visible(), np.exp(s - s.max(-1, keepdims=True)), 0)
+  total = e.sum(-1, keepdims=True)
+  p = e / np.where(total == 0, 1, total)
+  o = np.einsum("bnsz,bznd->bsnd", p, v)
+  to = grads = None
+  if t is not None:
+    tq, tk, tv = _joined(case, t)
+    ts = np.einsum("bsnd,bznd->bnsz", tq, k)
+    ts = scale * (ts + np.einsum("bsnd,bznd->bnsz", q, tk))
+    tp = p * (ts - (p * ts).sum(-1, keepdims=True))
+    to = np.einsum("bnsz,bznd->bsnd", tp, v)
+    to += np.einsum("bnsz,bznd->bsnd", p, tv)
+  if do is not None:
+    dp = np.einsum("bsnd,bznd->bnsz", do, v)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
+    dq = np.einsum("bnsz,bznd->bsnd", ds, k)
+    dk = np.einsum("bnsz,bsnd->bznd", ds, q)
+    dv = np.einsum("bnsz,bsnd->bznd", p, do)
+    y = case.y
+    grads = [dq, dk[:, y:], dv[:, y:], dk[:, :y], dv[:, :y]]
+  return o, to, grads
+
+
+def close(actual, wanted, tolerance=2e-6):
+  """Asserts the error's norm relative to the wanted array's."""
+  actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted)
+  assert actual.shape == wanted.shape
+  error = np.linalg.norm(actual - wanted)  # NaN fails too
+  assert error <= tolerance * max(np.linalg.norm(wanted), 1e-3)
+
+
+ACTIVE = {
+  "q": ("q",),
+  "own": ("q", "k", "v"),
+  "values": ("v",),
+  "context": ("context_k", "context_v"),
+  "all": FLOATS,
+}
+
+
+class BackendSuite:
+  """Inherit, and set `backend`."""
+
+  backend: kernels.Backend
+
+  @pytest.mark.parametrize("name", CASES)
+  def test_value_tangent_cotangent(self, name):
+    """One compiled program: output, jvp and vjp in all arguments."""
+    case = CASES[name]
+    x, t = arrays(case), arrays(case, 1)
+    do = np.random.default_rng(2).normal(size=x[0].shape).astype(np.float32)
+    attend = lambda *x: call(case, self.backend, *x)
+
+    @jax.jit
+    def run(x, t, do):
+      o, vjp = jax.vjp(attend, *x)
+      return o, jax.jvp(attend, x, t), vjp(do)
+
+    o, (primal, to), grads = run(tuple(x), tuple(t), do)
+    want_o, want_to, want_grads = expected(case, x, t, do)
+    close(o, want_o)
+    close(primal, want_o)
+    close(to, want_to)
+    for grad, want in zip(grads, want_grads, strict=True):
+      close(grad, want)
+
+  @pytest.mark.parametrize("active", ACTIVE)
+  def test_some_operands_active(self, active):
+    """Tangents and cotangents of a subset equal those with zeros elsewhere."""
+    case = CASES["noisy"]
+    live = [name in ACTIVE[active] for name in FLOATS]
+    x, t = arrays(case), arrays(case, 1)
+    do = np.ones_like(x[0])
+
+    def attend(*moved):
+      moved = iter(moved)
+      full = [next(moved) if a else b for a, b in zip(live, x, strict=True)]
+      return call(case, self.backend, *full)
+
+    @jax.jit
+    def run(x, t):
+      _, vjp = jax.vjp(attend, *x)
+      return jax.jvp(attend, x, t)[1], vjp(do)
+
+    pick = lambda xs: tuple(a for a, m in zip(xs, live, strict=True) if m)
+    to, grads = run(pick(x), pick(t))
+    t = [a if m else 0 * a for a, m in zip(t, live, strict=True)]
+    _, want_to, want_grads = expected(case, x, t, do)
+    close(to, want_to)
+    for grad, want in zip(grads, pick(want_grads), strict=True):
+      close(grad, want)
+
+  def _value_and_grad(self, case, wrap):
+    """Checks value and gradients of `sum(o**2)`, with o = wrap(attend)."""
+    x = tuple(map(jnp.asarray, arrays(case)))
+    attend = wrap(lambda *x: call(case, self.backend, *x))
+
+    def loss(*x):
+      o = attend(*x)
+      return (o**2).sum(), o
+
+    grad = jax.grad(loss, argnums=tuple(range(5)), has_aux=True)
+    grads, o = jax.jit(grad)(*x)
+    want_o, _, _ = expected(case, x)
+    close(o, want_o)
+    for got, want in zip(
+      grads, expected(case, x, do=2 * want_o)[2], strict=True
+    ):
+      close(got, want)
+
+  def test_checkpoint(self):
+    self._value_and_grad(CASES["noisy"], jax.checkpoint)
+
+  def test_checkpoint_that_saves_attention(self):
+    self._value_and_grad(
+      CASES["noisy"],
+      lambda f: jax.checkpoint(f, policy=kernels.save_attention),
+    )
+
+  def test_cond(self):
+    self._value_and_grad(
+      CASES["cached"],
+      lambda f: (
+        lambda *x: jax.lax.cond(x[0].sum() < 1e9, f, lambda *x: x[0], *x)
+      ),
+    )
+
+  @pytest.mark.parametrize("check_vma", [True, False])
+  @pytest.mark.parametrize("name", ["noisy", "cached"])
+  def test_shard_map(self, name, check_vma):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",), (AxisType.Auto,))
+    self._value_and_grad(
+      CASES[name],
+      lambda f: jax.shard_map(
+        f,
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=check_vma,
+      ),
+    )
+
+  def test_shard_map_of_replicated_context(self):
+    """A context that all shards share gets the sum of their cotangents."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",), (AxisType.Auto,))
+    specs = (P("x"), P("x"), P("x"), P(), P())
+    self._value_and_grad(
+      CASES["noisy"],
+      lambda f: jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("x")),
+    )
+
+  def test_scan_over_layers(self):
+    """Derivatives through a scan equal those through an unrolled loop."""
+    case = CASES["block_causal"]
+    x, t = arrays(case)[:3], arrays(case, 1)[:3]
+    layer = lambda h, w: call(
+      case, self.backend, h * w, x[1], h, *arrays(case)[3:]
+    )
+    scales = np.array([1.0, 0.5, 2.0], np.float32)
+
+    def scanned(h, w):
+      return jax.lax.scan(lambda h, w: (layer(h, w), None), h, w)[0]
+
+    def unrolled(h, w):
+      for i in range(3):
+        h = layer(h, w[i])
+      return h
+
+    def derivatives(f):
+      tangent = jax.jvp(f, (x[0], scales), (t[0], 1 + scales))
+      grad = jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1))
+      return tangent, grad(x[0], scales)
+
+    for got, want in zip(
+      jax.tree.leaves(jax.jit(derivatives, static_argnums=0)(scanned)),
+      jax.tree.leaves(jax.jit(derivatives, static_argnums=0)(unrolled)),
+      strict=True,
+    ):
+      close(got, np.asarray(want, np.float64))
+
+  def test_vmap(self):
+    """vmap of jvp, jvp of vmap, and gradients, some operands unmapped."""
+    case = CASES["noisy"]
+    xs = [
+      np.stack(a)
+      for a in zip(*(arrays(case, i) for i in range(3)), strict=True)
+    ]
+    ts = np.stack([arrays(case, i)[0] for i in range(3, 6)])
+    x = arrays(case)
+    attend = lambda q, k: call(case, self.backend, q, k, *x[2:])
+    tangent = lambda q, k, tq: jax.jvp(lambda q: attend(q, k), (q,), (tq,))
+    grad = jax.grad(lambda q, k: (attend(q, k) ** 2).sum(), argnums=(0, 1))
+
+    @jax.jit
+    def mapped(q, k, tq):
+      over = jax.vmap(attend, (0, None))
+      return (
+        jax.vmap(tangent, (0, None, 0))(q, k, tq),
+        jax.jvp(lambda q: over(q, k), (q,), (tq,)),
+        jax.vmap(grad, (0, None))(q, k),
+      )
+
+    first, second, grads = mapped(xs[0], x[1], ts)
+    for i in range(3):
+      y = [xs[0][i], *x[1:]]
+      t = [ts[i], *(0 * a for a in x[1:])]
+      o, to, _ = expected(case, y, t)
+      _, _, want = expected(case, y, do=2 * o)
+      for got, wanted in (
+        (first[0][i], o),
+        (first[1][i], to),
+        (second[0][i], o),
+        (second[1][i], to),
+        (grads[0][i], want[0]),
+        (grads[1][i], want[1]),
+      ):
+        close(got, wanted)
+
+  def test_vmap_over_ranges(self):
+    """Sequences of one batch may have caches of different lengths."""
+    case = dataclasses.replace(CASES["cached"], ranges=((0, 11),))
+    x = arrays(case)
+    ranges = jnp.array([[[0, 2]], [[0, 0]], [[3, 11]]], jnp.int32)
+    attend = lambda q, r: call(case, self.backend, q, *x[1:], ranges=r)
+    run = jax.jit(
+      jax.vmap(
+        lambda q, r: jax.jvp(lambda q: attend(q, r), (q,), (jnp.ones_like(q),)),
+        (None, 0),
+      )
+    )
+    o, to = run(x[0], ranges)
+    t = [np.ones_like(x[0]), *(0 * a for a in x[1:])]
+    for i, r in enumerate(np.asarray(ranges)):
+      one = dataclasses.replace(case, ranges=tuple(map(tuple, r)))
+      want_o, want_to, _ = expected(one, x, t)
+      close(o[i], want_o)
+      close(to[i], want_to)
+
+  def test_one_program_serves_every_length(self):
+    """The context's ranges are run-time values."""
+    case = CASES["cached"]
+    run = jax.jit(lambda x, r: call(case, self.backend, *x, ranges=r))
+    x = arrays(case, poison=False)
+    for written in (0, 4, 11):
+      one = dataclasses.replace(case, ranges=((0, written),))
+      got = run(tuple(x), np.array([[0, written]], np.int32))
+      close(got, expected(one, x)[0])
+    assert run._cache_size() == 1
+
+  @pytest.mark.parametrize("name", ["noisy", "blind", "cached"])
+  def test_float64(self, name):
+    case = CASES[name]
+    x = arrays(case, dtype=np.float64)
+    t = arrays(case, 1, np.float64)
+    with jax.enable_x64(True):
+      attend = lambda *x: call(case, self.backend, *x)
+      o, to = jax.jit(lambda x, t: jax.jvp(attend, x, t))(tuple(x), tuple(t))
+      assert o.dtype == to.dtype == np.float64
+    want_o, want_to, _ = expected(case, x, t)
+    close(o, want_o, 1e-14)
+    close(to, want_to, 1e-14)
+
+  def test_bfloat16_error_is_that_of_the_reference(self):
+    """At most twice the error of the equation evaluated in bfloat16."""
+    case = CASES["noisy"]
+    x = [jnp.asarray(a, jnp.bfloat16) for a in arrays(case, poison=False)]
+    want, _, _ = expected(case, x)
+    o = jax.jit(lambda x: call(case, self.backend, *x))(x)
+    assert o.dtype == jnp.bfloat16
+    k, v = (jnp.concatenate(a, 1) for a in ((x[3], x[1]), (x[4], x[2])))
+    s = jnp.einsum("bsnd,bznd->bnsz", x[0], k) * jnp.bfloat16(D**-0.5)
+    p = jax.nn.softmax(s, where=case.visible()[None, None])
+    rough = jnp.einsum("bnsz,bznd->bsnd", p, v)
+    error = lambda a: np.linalg.norm(np.asarray(a, np.float64) - want)
+    assert error(o) <= 2 * error(rough)
+
+  @pytest.mark.parametrize("what", ["value", "key", "query"])
+  def test_nan_stays_where_it_is_seen(self, what):
+    """A NaN in the last chunk reaches no earlier chunk."""
+    case = CASES["block_causal"]
+    x, t = arrays(case), arrays(case, 1)
+    clean = expected(case, x, t, np.ones_like(x[0]))
+    i = {"query": 0, "key": 1, "value": 2}[what]
+    x[i][:, 4:] = t[i][:, 4:] = np.nan
+    attend = lambda *x: call(case, self.backend, *x)
+
+    @jax.jit
+    def run(x, t, do):
+      return *jax.jvp(attend, x, t), jax.vjp(attend, *x)[1](do)
+
+    o, to, grads = run(tuple(x), tuple(t), np.ones_like(x[0]))
+    assert np.isnan(o[:, 4:]).all()
+    close(o[:, :4], clean[0][:, :4])
+    close(to[:, :4], clean[1][:, :4])
+    close(grads[0][:, :4], clean[2][0][:, :4])
