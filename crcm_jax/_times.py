@@ -71,9 +71,10 @@ def check_range(name: str, t: Times, top: float = 1.0) -> None:
   Raises:
     ValueError: if a time lies outside, naming the extremes.
   """
-  if isinstance(t, jax.core.Tracer) or t.size == 0:
+  values = _values(t)
+  if values is None or values.size == 0:
     return
-  low, high = float(t.min()), float(t.max())
+  low, high = float(values.min()), float(values.max())
   if low < 0 or high > top * (1 + 1e-6):
     unit = "rectified-flow times" if top == 1 else "TrigFlow angles"
     raise ValueError(
@@ -98,17 +99,16 @@ def check_decreasing(
       f"`{name}` must hold at least two times, start and end, along its last"
       f" axis; got the shape {times.shape}."
     )
-  if isinstance(times, jax.core.Tracer):
+  values, weight = _values(times), _values(frame_weight)
+  if values is None or (weight is None) != (frame_weight is None):
     return
-  stalls = times[..., 1:] >= times[..., :-1]
-  if frame_weight is not None:
-    if isinstance(frame_weight, jax.core.Tracer):
-      return
-    stalls = stalls & (frame_weight > 0)[..., None]
+  stalls = values[..., 1:] >= values[..., :-1]
+  if weight is not None:
+    stalls &= (weight > 0)[..., None]
   if stalls.any():
     raise ValueError(
       f"`{name}` must decrease along its last axis, from noise to data;"
-      f" got {times.tolist()}. Reverse it if it increases."
+      f" got {values.tolist()}. Reverse it if it increases."
     )
 
 
@@ -118,10 +118,19 @@ def check_order(name: str, early: Array, late: Array) -> None:
   Raises:
     ValueError: if one does.
   """
-  if any(isinstance(t, jax.core.Tracer) for t in (early, late)):
+  before, after = _values(early), _values(late)
+  if before is None or after is None:
     return
-  if (early > late).any():
+  if (before > after).any():
     raise ValueError(
-      f"`{name}` must not exceed the time it ends: got {early.tolist()} for"
-      f" {late.tolist()}."
+      f"`{name}` must not exceed the time it ends: got {before.tolist()} for"
+      f" {after.tolist()}."
     )
+
+
+def _values(x: Times | None) -> np.ndarray | None:
+  """Returns the values of a concrete array, None of a traced or absent one."""
+  if x is None or isinstance(x, jax.core.Tracer):
+    return None
+  local = getattr(x, "is_fully_addressable", True)
+  return np.asarray(x) if local else None
