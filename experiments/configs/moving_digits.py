@@ -41,9 +41,9 @@ def _shared():
     ema_rate=0.1,
     network=dict(
       layers=4,
-      width=64,
+      width=96,
       heads=4,
-      ffn_width=256,
+      ffn_width=384,
       freq_width=64,
       text_width=32,
       text_length=8,
@@ -95,7 +95,9 @@ def _bidirectional(steps, learning_rate=1e-3):
       caption_dropout=0.1,
       loss_scale=1.0,
     ),
-    optimizer=dict(learning_rate=learning_rate, b1=0.9, weight_decay=0.01),
+    optimizer=dict(
+      learning_rate=learning_rate, b1=0.9, weight_decay=0.01, clip_norm=1.0
+    ),
   )
 
 
@@ -109,7 +111,9 @@ def _causal(steps, learning_rate=1e-3):
       caption_dropout=0.1,
       loss_scale=1.0,
     ),
-    optimizer=dict(learning_rate=learning_rate, b1=0.9, weight_decay=0.01),
+    optimizer=dict(
+      learning_rate=learning_rate, b1=0.9, weight_decay=0.01, clip_norm=1.0
+    ),
     init=dict(student="bidirectional"),
   )
 
@@ -178,14 +182,15 @@ def _from_scratch():
 
 def _gpu():
   config = _from_scratch()
-  config["data"]["batch_size"] = 64
+  config["network"] |= dict(dtype="bfloat16")
+  config["data"] |= dict(batch_size=128, in_memory=True)
   config |= dict(
-    bidirectional=_bidirectional(20_000),
-    causal=_causal(20_000),
-    consistency=_consistency(3_000, "causal"),
-    self_forcing=_self_forcing(6_000, "bidirectional"),
+    bidirectional=_bidirectional(12_000),
+    causal=_causal(16_000),
+    consistency=_consistency(2_000, "causal"),
+    self_forcing=_self_forcing(2_500, "bidirectional"),
   )
-  config["loop"] |= dict(log_every=20, checkpoint_every=1000, sample_every=2000)
+  config["loop"] |= dict(log_every=20, checkpoint_every=2000, sample_every=4000)
   return config
 
 
