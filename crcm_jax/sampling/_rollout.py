@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 
 from crcm_jax import paths
+from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Bool, Float, Int, Params
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.sampling._chunk_model import Cache, ChunkModel
@@ -151,7 +152,7 @@ def rollout(
     >>> result.video.shape, float(abs(result.video).max())
     ((1, 6, 4, 4, 3), 0.0)
   """
-  dtype = jnp.promote_types(step_noise.dtype, jnp.float32)
+  dtype = wide_dtype(step_noise.dtype)
   step_noise, context_noise, prefix = jax.tree.map(
     lambda a: a.astype(dtype), (step_noise, context_noise, prefix)
   )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Int, Params
 
 
@@ -91,4 +92,4 @@ def _copy(params: Params) -> Params:
 
 
 def _at_least_float32(p: Array) -> Array:
-  return jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
+  return jnp.array(p, wide_dtype(p.dtype), copy=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax import losses, paths
+from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Bool, Float, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 
@@ -53,8 +54,7 @@ def prepare(batch: Any, drop: Bool[Array, "b"] | None = None) -> Inputs:
 
 def noise_like(key: PRNGKeyArray, x: Array, *lead: int) -> Array:
   """Draws standard normal noise of a shape, in at least float32."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return jax.random.normal(key, (*lead, *x.shape), dtype)
+  return jax.random.normal(key, (*lead, *x.shape), wide_dtype(x.dtype))
 
 
 def per_frame(t: Float[Array, "b"], x: Array) -> Float[Array, "b f"]:
