@@ -6,9 +6,6 @@ from crcm_jax.evaluation._classifier import FrameClassifier as FrameClassifier
 from crcm_jax.evaluation._classifier import load_classifier as load_classifier
 from crcm_jax.evaluation._classifier import save_classifier as save_classifier
 from crcm_jax.evaluation._evaluate import evaluate as evaluate
-from crcm_jax.evaluation._evaluate import METRICS as METRICS
-from crcm_jax.evaluation._evaluate import REAL as REAL
-from crcm_jax.evaluation._evaluate import Results as Results
 from crcm_jax.evaluation._evaluate import Sampler as Sampler
 from crcm_jax.evaluation._features import FeatureSpace as FeatureSpace
 from crcm_jax.evaluation._features import over_time as over_time
@@ -19,5 +16,8 @@ from crcm_jax.evaluation._metrics import frechet_distance as frechet_distance
 from crcm_jax.evaluation._motion import captioned_motion as captioned_motion
 from crcm_jax.evaluation._motion import motion_error as motion_error
 from crcm_jax.evaluation._report import write_report as write_report
+from crcm_jax.evaluation._results import METRICS as METRICS
+from crcm_jax.evaluation._results import REAL as REAL
+from crcm_jax.evaluation._results import Results as Results
 from crcm_jax.evaluation._video import encode_video as encode_video
 from crcm_jax.evaluation._video import write_video as write_video

@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float
 
 from crcm_jax import data
 
-NOMINAL_SPEED = {"slowly": 0.55, "": 1.3, "fast": 2.3}
-"""Pixels per frame that a caption's word stands for: the mean of real clips."""
+NOMINAL_SPEED = {word: sum(ends) / 2 for word, ends in data.SPEEDS.items()}
+"""Pixels per frame that a caption's word stands for: the mean of its range."""
 
 _INK_THRESHOLD = 0.25  # of the range from black to white: ignores faint noise
-_BLOB_STD = 3.0  # pixels: the spread of a digit's ink
-_EM_STEPS = 10
+_BLOB_STD = 4.0  # pixels: best follows real digits through crossings
+_EM_STEPS = 4
 _WALL_MARGIN = 3.0  # pixels within which a digit may already turn, or not yet
 _TINY = 1e-6
 

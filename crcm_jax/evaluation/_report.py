@@ -20,7 +20,7 @@ import numpy as np
 
 from crcm_jax import _version
 from crcm_jax.evaluation import _plots, _video
-from crcm_jax.evaluation._evaluate import METRICS, REAL, Results
+from crcm_jax.evaluation._results import METRICS, REAL, Results
 from crcm_jax.evaluation._style import STYLE
 
 _FPS = 6.0
