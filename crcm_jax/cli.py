@@ -255,12 +255,14 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     _LOG.addHandler(handler)
+    # Some library sets up the root logger, which would say it again.
+    _LOG.propagate = False
   _LOG.setLevel(logging.INFO)
 
 
 def _keep_compiled_programs() -> None:
   """Keeps compiled programs for the next run, where JAX was told nothing."""
-  if jax.config.jax_compilation_cache_dir is None:
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "programs"))
 
 

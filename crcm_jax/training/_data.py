@@ -91,7 +91,7 @@ class MovingDigits:
 
   def decode(self, latents: Array) -> Array:
     """Returns pixels in [-1, 1]."""
-    return data.video_from_latents(latents)
+    return jnp.asarray(data.video_from_latents(latents))
 
   def encode(self, captions: Sequence[str]) -> np.ndarray:
     """Returns the embeddings of captions."""

@@ -23,6 +23,7 @@ import tqdm
 
 from crcm_jax.training import _writers, sharding
 from crcm_jax.training._checkpoints import Checkpoints
+from crcm_jax.training._config import config_hash
 from crcm_jax.training._stages import Stage
 from crcm_jax.training._state import TrainState
 from crcm_jax.training._step import Shardings
@@ -206,13 +207,15 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
 
 
 def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
-  """Logs, and keeps in the workdir, the resolved config."""
-  text = json.dumps(stage.config, indent=2)
-  (workdir / "config.json").write_text(text + "\n")
+  """Keeps the resolved config in the workdir, and says what is trained."""
+  path = workdir / "config.json"
+  path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
   placed = sharding.describe(jax.tree.map(lambda a: a.sharding, like))
-  _LOG.info("%s: %d parameters; %s", stage.name, parameters, placed)
-  _LOG.info("%s: config %s", stage.name, text)
+  _LOG.info(
+    "%s: %d parameters; %s; config in %s, hash %s",
+    *(stage.name, parameters, placed, path, config_hash(stage.config)),
+  )
 
 
 def _open_writers(

@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crcm_jax import guidance, models, sampling
-from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
+from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray, Velocity
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.data import Batch
 
@@ -111,21 +112,31 @@ class Sampling:
       pattern: its chunks; None if it is bidirectional.
     """
     if pattern is None:
-      program = jax.jit(functools.partial(_ode_bidirectional, self, model))
-    else:
-      program = jax.jit(functools.partial(_ode_causal, self, model, pattern))
+      return self._ode_bidirectional(model)
+    program = jax.jit(functools.partial(_ode_causal, self, model, pattern))
 
     def generate(params, key, batch, steps=None):
-      times = sampling.ode_schedule(
-        steps or self.ode_steps, shift=self.ode_shift
-      )
-      if pattern is None:
-        return program(params, key, batch, jnp.asarray(times))
+      times = self._ode_times(steps)
       most = max(self.ode_steps, len(times) - 1)
       schedule = _schedule([times], pattern, batch, most)
       return program(params, key, batch, schedule)
 
     return generate
+
+  def _ode_bidirectional(self, model: models.Wan) -> Generator:
+    program = jax.jit(
+      functools.partial(_ode_bidirectional, self, model),
+      static_argnames="times",
+    )
+
+    def generate(params, key, batch, steps=None):
+      times = tuple(map(float, self._ode_times(steps)))
+      return program(params, key, batch, times=times)
+
+    return generate
+
+  def _ode_times(self, steps: int | None) -> np.ndarray:
+    return sampling.ode_schedule(steps or self.ode_steps, shift=self.ode_shift)
 
   def _mid_times(self, steps: int) -> Sequence[Sequence[float]]:
     if str(steps) not in self.mid_times:
@@ -208,16 +219,23 @@ def _ode_bidirectional(
   params: Params,
   key: PRNGKeyArray,
   batch: Batch,
-  times: Float[Array, "grid"],
+  *,
+  times: tuple[float, ...],
 ) -> Float[Array, "b f h w c"]:
-  def under(condition: Any) -> Any:
-    return lambda x, t: model.apply({"params": params}, x, t, condition)
+  frames = batch.x_0.shape[1]
+
+  def under(condition: Any) -> Velocity:
+    def velocity(x: Array, t: Array) -> Any:
+      t = jnp.repeat(t[:, None], frames, axis=1)
+      return model.apply({"params": params}, x, t, condition)
+
+    return velocity
 
   velocity = guidance.classifier_free(
     under(batch.condition), under(batch.null_condition), settings.guidance
   )
   noise = jax.random.normal(key, batch.x_0.shape)
-  return sampling.integrate(velocity, _FIRST_TIME * noise, times)
+  return sampling.integrate(velocity, times[0] * noise, np.asarray(times))
 
 
 def _chunks(

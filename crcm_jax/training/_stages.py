@@ -23,7 +23,7 @@ and with a critic
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -37,6 +37,9 @@ from crcm_jax.training._optimizer import adamw
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
 from crcm_jax.training._step import make_train_step, Shardings, TrainStep
+
+Phase: TypeAlias = Literal["student", "critic"]
+"""Which network an iteration trains."""
 
 
 class Kind(NamedTuple):
@@ -150,8 +153,8 @@ class Stage:
   model: models.Wan
   pattern: ChunkPattern | None
   dataset: _data.Dataset
-  objectives: dict[str, objectives.Objective]
-  optimizers: dict[str, optax.GradientTransformation]
+  objectives: dict[Phase, objectives.Objective]
+  optimizers: dict[Phase, optax.GradientTransformation]
   alternation: Alternation
   init: dict[str, str]
   sampling: Sampling
@@ -159,13 +162,13 @@ class Stage:
   mesh: dict[str, int]
   rules: sharding.Rules
 
-  def phase(self, iteration: int) -> str:
+  def phase(self, iteration: int) -> Phase:
     """Returns which network an iteration trains."""
     return "student" if self.alternation.is_student(iteration) else "critic"
 
   def train_steps(
     self, shardings: Shardings | None = None
-  ) -> dict[str, TrainStep]:
+  ) -> dict[Phase, TrainStep]:
     """Returns the jitted step of each phase."""
     return {
       phase: make_train_step(
@@ -305,8 +308,10 @@ def read_stage(
     "context_times": sampling.context_times,
   }
 
-  phases = {"student": _objective(section["objective"], kind.objective, given)}
-  optimizers = {"student": section["optimizer"].call(adamw)}
+  phases: dict[Phase, objectives.Objective] = {
+    "student": _objective(section["objective"], kind.objective, given)
+  }
+  optimizers: dict[Phase, Any] = {"student": section["optimizer"].call(adamw)}
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     optimizers["critic"] = section["critic_optimizer"].call(adamw)

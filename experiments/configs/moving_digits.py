@@ -14,6 +14,8 @@ Variants, given as `moving_digits.py:VARIANT`:
   runlocal      Everything from scratch at a size for tests.
 """
 
+from typing import Any
+
 import ml_collections
 
 WEIGHTS = "experiments/moving_digits/weights"
@@ -35,7 +37,7 @@ def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(variants[variant]()).lock()
 
 
-def _shared():
+def _shared() -> dict[str, Any]:
   return dict(
     seed=0,
     ema_rate=0.1,
@@ -74,7 +76,7 @@ def _shared():
   )
 
 
-def _evaluation():
+def _evaluation() -> dict[str, Any]:
   return dict(
     classifier=f"{WEIGHTS}/classifier.safetensors",
     num_clips=256,
@@ -85,7 +87,7 @@ def _evaluation():
   )
 
 
-def _bidirectional(steps, learning_rate=1e-3):
+def _bidirectional(steps, learning_rate=1e-3) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
@@ -101,7 +103,7 @@ def _bidirectional(steps, learning_rate=1e-3):
   )
 
 
-def _causal(steps, learning_rate=1e-3):
+def _causal(steps, learning_rate=1e-3) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
@@ -118,7 +120,7 @@ def _causal(steps, learning_rate=1e-3):
   )
 
 
-def _consistency(steps, causal, learning_rate=3e-4):
+def _consistency(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
@@ -135,7 +137,7 @@ def _consistency(steps, causal, learning_rate=3e-4):
   )
 
 
-def _self_forcing(steps, bidirectional, learning_rate=1e-4):
+def _self_forcing(steps, bidirectional, learning_rate=1e-4) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
@@ -156,7 +158,7 @@ def _self_forcing(steps, bidirectional, learning_rate=1e-4):
   )
 
 
-def _quickstart():
+def _quickstart() -> dict[str, Any]:
   causal = f"{WEIGHTS}/causal.safetensors"
   bidirectional = f"{WEIGHTS}/bidirectional.safetensors"
   return dict(
@@ -168,7 +170,7 @@ def _quickstart():
   )
 
 
-def _from_scratch():
+def _from_scratch() -> dict[str, Any]:
   return dict(
     stages=("bidirectional", "causal", "consistency", "self_forcing"),
     **_shared(),
@@ -180,7 +182,7 @@ def _from_scratch():
   )
 
 
-def _gpu():
+def _gpu() -> dict[str, Any]:
   config = _from_scratch()
   config["network"] |= dict(dtype="bfloat16")
   config["data"] |= dict(batch_size=128, in_memory=True)
@@ -194,14 +196,14 @@ def _gpu():
   return config
 
 
-def _teachers():
+def _teachers() -> dict[str, Any]:
   config = _gpu()
   for stage in ("consistency", "self_forcing"):
     del config[stage]
   return config | dict(stages=("bidirectional", "causal"))
 
 
-def _runlocal():
+def _runlocal() -> dict[str, Any]:
   config = _from_scratch()
   config["network"] |= dict(layers=2, width=16, heads=2, ffn_width=32)
   config["data"] |= dict(batch_size=4, frames=6, train_clips=64, test_clips=96)
