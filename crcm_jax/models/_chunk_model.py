@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crcm_jax._typing import Array, Float, Int, Params
+from crcm_jax._typing import Array, Float, Params
 from crcm_jax.models._cache import Cache, empty_past
 from crcm_jax.models._checks import check_text
 from crcm_jax.models._wan import Latents, Times, Wan
@@ -68,7 +68,7 @@ class WanChunks:
     self, params: Params, x: Latents, t: Times, cache: Cache
   ) -> Latents:
     """Predicts the next chunk's velocity; the cache is only read."""
-    return self._apply("chunk_velocity", params, x, t, cache)
+    return self._apply("chunk", params, x, t, cache)[0]
 
   def append(
     self, params: Params, x: Latents, t: Times, cache: Cache
@@ -78,19 +78,9 @@ class WanChunks:
     Nothing of it is differentiable, its velocity neither. The caller sees to
     it that the cache has room: its fill is known at run time only.
     """
-    params, x, past = jax.lax.stop_gradient((params, x, cache))
-    v, stored = self._apply("chunk_append", params, x, t, past)
-    return v, dataclasses.replace(stored, text=cache.text)
-
-  def rewind(
-    self, params: Params, cache: Cache, frames: Int[Array, ""]
-  ) -> Cache:
-    """Returns the cache as it was when `frames` frames were stored.
-
-    The prompt's keys and values are computed anew, for their gradient.
-    """
-    text = self._apply("text_keys_values", params, self.text)
-    return dataclasses.replace(cache, text=text, frames=frames, position=frames)
+    detached = jax.lax.stop_gradient((params, x, t, cache))
+    v, own = self._apply("chunk", *detached)
+    return v, cache.extended(own, x.shape[1])
 
   def _apply(self, method: str, params: Params, *args: Any) -> Any:
     return self.model.apply({"params": params}, *args, method=method)

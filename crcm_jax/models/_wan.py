@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from crcm_jax import kernels
 from crcm_jax._typing import Array, Float, Int
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models._cache import Cache, read_layer, write_layer
+from crcm_jax.models._cache import Cache
 from crcm_jax.models._checks import check_call, check_chunk
 from crcm_jax.models._config import WanConfig
 from crcm_jax.models._layers import (
@@ -129,7 +129,8 @@ class Wan(nn.Module):
     noisy = self._stream(x, t)
     boundaries = pattern and self._boundaries(pattern, x)
     if context is None:
-      mask = boundaries and kernels.BlockMask.block_causal(boundaries)
+      causal = kernels.BlockMask.block_causal
+      mask = None if boundaries is None else causal(boundaries)
       tokens = self._one_stream(noisy, rope, text, mask)
     else:
       assert boundaries is not None  # check_call saw to it
@@ -158,11 +159,14 @@ class Wan(nn.Module):
 
     return self._scan(body, None)[1]
 
-  def chunk_velocity(self, x: Latents, t: Times, cache: Cache) -> Latents:
+  def chunk(
+    self, x: Latents, t: Times, cache: Cache
+  ) -> tuple[Latents, KeysValues]:
     """Predicts the velocity of the frames that follow those of a cache.
 
     The chunk attends to the cached frames and to itself. Gradient flows
-    through its own keys and values, never into the cached frames.
+    through its own keys and values, never into the cached frames, which the
+    scan over layers reads where they are.
 
     Args:
       x: the chunk's latents.
@@ -170,77 +174,27 @@ class Wan(nn.Module):
       cache: the frames before it, and the prompt.
 
     Returns:
-      The velocity.
+      The velocity, and the chunk's keys and values `[layers b s n d]`.
 
     Raises:
       ValueError: if shapes do not fit each other, the config or the cache.
       TypeError: if times are narrower than float32.
     """
-    stream, layer_step = self._chunk(x, t, cache)
+    check_chunk(self.config, x, t, cache.past.keys.shape)
+    stream, rope = self._stream(x, t), self._rope(x, cache.position)
+    stored = cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
+    ranges = jnp.stack([jnp.zeros_like(stored), stored])[None]
 
     def body(block: Block, tokens: Array, xs: tuple[KeysValues, KeysValues]):
-      return layer_step(block, tokens, *xs)[0], None
-
-    xs = (jax.lax.stop_gradient(cache.past), cache.text)
-    tokens, _ = self._scan(body, stream.tokens, xs)
-    return self._velocity(tokens, stream.e, x.shape[2])
-
-  def chunk_append(
-    self, x: Latents, t: Times, cache: Cache
-  ) -> tuple[Latents, Cache]:
-    """As `chunk_velocity`, and stores the chunk's keys and values.
-
-    The cached frames are in the carry, so that a donated cache is written in
-    place, layer by layer.
-
-    Args:
-      x: the chunk's latents.
-      t: their times.
-      cache: the frames before it, and the prompt.
-
-    Returns:
-      The velocity, and the cache with the chunk's frames.
-
-    Raises:
-      ValueError: if shapes do not fit each other, the config or the cache.
-      TypeError: if times are narrower than float32.
-    """
-    stream, layer_step = self._chunk(x, t, cache)
-    slot = self._slot(x, cache)
-
-    def body(block: Block, carry: tuple[Array, KeysValues], xs: Any):
-      (tokens, past), (layer, text) = carry, xs
-      tokens, own = layer_step(block, tokens, read_layer(past, layer), text)
-      return (tokens, write_layer(past, layer, slot, own)), None
-
-    layers = jnp.arange(self.config.layers, dtype=jnp.int32)
-    carry = (stream.tokens, cache.past)
-    (tokens, past), _ = self._scan(body, carry, (layers, cache.text))
-    velocity = self._velocity(tokens, stream.e, x.shape[2])
-    return velocity, cache.extended(past, x.shape[1])
-
-  def _chunk(
-    self, x: Latents, t: Times, cache: Cache
-  ) -> tuple[Stream, Callable[..., tuple[Array, KeysValues]]]:
-    """Returns a chunk's stream, and what one layer does to it."""
-    check_chunk(self.config, x, t, cache.past.keys.shape)
-    slot = self._slot(x, cache)
-    ranges = jnp.stack([jnp.zeros_like(slot), slot])[None]
-    stream, rope = self._stream(x, t), self._rope(x, cache.position)
-
-    def layer_step(
-      block: Block, tokens: Array, past: KeysValues, text: KeysValues
-    ) -> tuple[Array, KeysValues]:
+      past, text = xs
       attend = functools.partial(
         self.attention, context=past, context_ranges=ranges
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
-    return stream, layer_step
-
-  def _slot(self, x: Latents, cache: Cache) -> Int[Array, ""]:
-    """The first free token of a cache."""
-    return cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
+    xs = (jax.lax.stop_gradient(cache.past), cache.text)
+    tokens, own = self._scan(body, stream.tokens, xs)
+    return self._velocity(tokens, stream.e, x.shape[2]), own
 
   def _one_stream(
     self,
