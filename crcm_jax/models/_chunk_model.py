@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crcm_jax._typing import Array, Float, Params
+from crcm_jax._typing import Array, Float, Int, Params
 from crcm_jax.models._cache import Cache, empty_past
 from crcm_jax.models._checks import check_text
 from crcm_jax.models._wan import Latents, Times, Wan
@@ -81,6 +81,16 @@ class WanChunks:
     detached = jax.lax.stop_gradient((params, x, t, cache))
     v, own = self._apply("chunk", *detached)
     return v, cache.extended(own, x.shape[1])
+
+  def rewind(
+    self, params: Params, cache: Cache, frames: Int[Array, ""]
+  ) -> Cache:
+    """Returns the cache as it was when `frames` frames were stored.
+
+    The prompt's keys and values are computed anew, for their gradient.
+    """
+    text = self._apply("text_keys_values", params, self.text)
+    return dataclasses.replace(cache, text=text, frames=frames, position=frames)
 
   def _apply(self, method: str, params: Params, *args: Any) -> Any:
     return self.model.apply({"params": params}, *args, method=method)
