@@ -7,11 +7,10 @@ Four primitives, the passes of `backend`, and their rules:
     lin    -> to, linear in its tangents; its transpose is bwd
     bwd    -> the wanted cotangents
 
-So jax.jvp runs the fused pass; jax.grad runs fwd and bwd; the gradient of a jvp
-whose tangent is stopped shares its primal: fused, bwd. Tangents that are zero
-at trace time are no operands. Derivatives of a tangent or of a cotangent are
-derivatives of the dense reference: right, and quadratic in memory; they are
-dead code, hence free, wherever the tangent is stopped.
+So jax.jvp runs fused; jax.grad runs fwd and bwd; the gradient of a jvp whose
+tangent is stopped shares its primal: fused, bwd. Zero tangents are no operands.
+Derivatives of a tangent or cotangent are those of the dense reference: right,
+quadratic in memory, and dead code, hence free, where the tangent is stopped.
 `lse` is a residual, never a result: its tangent is declared zero.
 """
 
@@ -41,13 +40,7 @@ def bind(problem: Problem, *operands):
 
 
 def save_attention(prim, *_, **__) -> bool:
-  """Checkpoint policy: keeps attention's output and `lse`, recomputes the rest.
-
-  Example:
-    >>> import jax
-    >>> from crcm_jax import kernels
-    >>> block = jax.checkpoint(lambda x: x, policy=kernels.save_attention)
-  """
+  """Keeps what attention computed: a `policy` for `jax.checkpoint`."""
   return prim in (fwd_p, fused_p)
 
 
@@ -60,8 +53,7 @@ def _fwd(*flat, problem):
 
 def _fused(*flat, problem, nonzero):
   n = len(flat) - sum(nonzero)
-  t = problem.tangents(flat[n:], nonzero)
-  x = problem.operands(flat[:n])
+  x, t = problem.operands(flat[:n]), problem.tangents(flat[n:], nonzero)
   return list(problem.backend.fused(problem, x, t))
 
 
@@ -74,16 +66,24 @@ def _lin(*flat, problem, nonzero):
 
 def _bwd(*flat, problem, wanted):
   *x, o, lse, do = flat
-  x = problem.operands(x)
-  return list(problem.backend.backward(problem, x, o, lse, do, wanted))
+  run = problem.backend.backward
+  return list(run(problem, problem.operands(x), o, lse, do, wanted))
 
 
-def _like_q(q):
+def _o(q):
   return q.update(weak_type=False)
 
 
-def _like_lse(q):  # [b n s]
+def _lse(q):  # [b n s]
   return with_axes(q, (0, 2, 1), sum_dtype(q.dtype))
+
+
+def _outputs(*likes):
+  return lambda q, *_, **__: [like(q) for like in likes]
+
+
+def _wanted_outputs(*avals, wanted, **_):
+  return [_o(a) for a, w in zip(avals, wanted, strict=False) if w]
 
 
 def _batch(prim, args, dims, **params):
@@ -91,21 +91,16 @@ def _batch(prim, args, dims, **params):
   mapped = [d is not None for d in dims]
   ints = [jnp.issubdtype(a.dtype, jnp.integer) for a in args]
   args = [
-    a if d is None else jnp.moveaxis(a, d, 0)
-    for a, d in zip(args, dims, strict=True)
+    jnp.moveaxis(a, d, 0) if m else a
+    for a, d, m in zip(args, dims, mapped, strict=True)
   ]
   moving = [a for a, m in zip(args, mapped, strict=True) if m]
-  if any(m and i for m, i in zip(mapped, ints, strict=True)):
-
-    def one(xs):
-      xs = spread(xs, mapped)
-      full = [a if x is None else x for a, x in zip(args, xs, strict=True)]
-      return prim.bind(*full, **params)
-
-    outs = jax.lax.map(one, moving)
-    return outs, [0] * len(outs)
-
   size = len(moving[0])
+
+  def one(xs):
+    xs = spread(xs, mapped)
+    full = [a if x is None else x for a, x in zip(args, xs, strict=True)]
+    return prim.bind(*full, **params)
 
   def fold(a, is_mapped, is_int):
     if is_int:
@@ -113,12 +108,16 @@ def _batch(prim, args, dims, **params):
     a = a if is_mapped else jnp.broadcast_to(a[None], (size, *a.shape))
     return a.reshape(-1, *a.shape[2:])
 
-  outs = prim.bind(*map(fold, args, mapped, ints), **params)
-  return [o.reshape(size, -1, *o.shape[1:]) for o in outs], [0] * len(outs)
+  if any(m and i for m, i in zip(mapped, ints, strict=True)):
+    outs = jax.lax.map(one, moving)
+  else:
+    outs = prim.bind(*map(fold, args, mapped, ints), **params)
+    outs = [o.reshape(size, -1, *o.shape[1:]) for o in outs]
+  return outs, [0] * len(outs)
 
 
 def _primitive(name, run, out_avals, *static):
-  prim = Primitive(name)
+  prim = Primitive("attention_" + name)
   prim.multiple_results = True
   prim.def_impl(jax.jit(run, static_argnames=("problem", *static)))
   prim.def_abstract_eval(out_avals)
@@ -127,26 +126,10 @@ def _primitive(name, run, out_avals, *static):
   return prim
 
 
-fwd_p = _primitive(
-  "attention_fwd", _fwd, lambda q, *_, **__: [_like_q(q), _like_lse(q)]
-)
-fused_p = _primitive(
-  "attention_fused",
-  _fused,
-  lambda q, *_, **__: [_like_q(q), _like_lse(q), _like_q(q)],
-  "nonzero",
-)
-lin_p = _primitive(
-  "attention_lin", _lin, lambda q, *_, **__: [_like_q(q)], "nonzero"
-)
-bwd_p = _primitive(
-  "attention_bwd",
-  _bwd,
-  lambda *avals, wanted, **__: [
-    _like_q(a) for a, w in zip(avals, wanted, strict=False) if w
-  ],
-  "wanted",
-)
+fwd_p = _primitive("fwd", _fwd, _outputs(_o, _lse))
+fused_p = _primitive("fused", _fused, _outputs(_o, _lse, _o), "nonzero")
+lin_p = _primitive("lin", _lin, _outputs(_o), "nonzero")
+bwd_p = _primitive("bwd", _bwd, _wanted_outputs, "wanted")
 
 
 # --- Tangents; below, a list of tangents has None for each that is zero ---
@@ -170,20 +153,23 @@ def _linear(problem, x, o, lse, tangents):
   live, nonzero = given(tangents)
   if not live:
     return None
-  args = (*x, o, lse, *live)
-  return lin_p.bind(*args, problem=problem, nonzero=nonzero)[0]
+  return lin_p.bind(*x, o, lse, *live, problem=problem, nonzero=nonzero)[0]
 
 
 def _fwd_jvp(x, tangents, *, problem):
   tangents = _nones(tangents[: problem.num_floats])
   live, nonzero = given(tangents)
   if live and problem.fused:
-    args = (*x, *live)
-    o, lse, to = fused_p.bind(*args, problem=problem, nonzero=nonzero)
+    o, lse, to = fused_p.bind(*x, *live, problem=problem, nonzero=nonzero)
   else:
     o, lse = fwd_p.bind(*x, problem=problem)
     to = _linear(problem, x, o, lse, tangents)
   return [o, lse], [_or_zero(to, o), zero_tangent(lse)]
+
+
+def _tangent_of_tangent(problem, x, o, lse, t, dt, dx):
+  along_x = second_order.tangent(problem, x, t, dx)
+  return _sum(_linear(problem, x, o, lse, dt), along_x)
 
 
 def _fused_jvp(args, dargs, *, problem, nonzero):
@@ -193,22 +179,17 @@ def _fused_jvp(args, dargs, *, problem, nonzero):
   dt = spread(_nones(dargs[n:]), nonzero)
   o, lse, to = fused_p.bind(*args, problem=problem, nonzero=nonzero)
   do = _linear(problem, x, o, lse, dx)
-  dto = _sum(
-    _linear(problem, x, o, lse, dt), second_order.tangent(problem, x, t, dx)
-  )
-  tangents = _or_zero(do, o), zero_tangent(lse), _or_zero(dto, to)
-  return [o, lse, to], list(tangents)
+  dto = _tangent_of_tangent(problem, x, o, lse, t, dt, dx)
+  return [o, lse, to], [_or_zero(do, o), zero_tangent(lse), _or_zero(dto, to)]
 
 
 def _lin_jvp(args, dargs, *, problem, nonzero):
   n = len(args) - sum(nonzero)
   *x, o, lse = args[:n]
-  t, dt = spread(args[n:], nonzero), spread(_nones(dargs[n:]), nonzero)
+  t, dt = (spread(a, nonzero) for a in (args[n:], _nones(dargs[n:])))
   dx = _nones(dargs[: problem.num_floats])
   (to,) = lin_p.bind(*args, problem=problem, nonzero=nonzero)
-  dto = _sum(
-    _linear(problem, x, o, lse, dt), second_order.tangent(problem, x, t, dx)
-  )
+  dto = _tangent_of_tangent(problem, x, o, lse, t, dt, dx)
   return [to], [_or_zero(dto, to)]
 
 
@@ -269,23 +250,16 @@ def _fused_partial_eval(trace, *tracers, problem, nonzero):
 
 def _without_tangent(eqn):
   n = len(eqn.invars) - sum(eqn.params["nonzero"])
-  params = dict(problem=eqn.params["problem"])
-  return eqn.replace(
-    primitive=fwd_p,
-    invars=eqn.invars[:n],
-    outvars=eqn.outvars[:2],
-    params=params,
-  )
+  changes = dict(invars=eqn.invars[:n], outvars=eqn.outvars[:2])
+  changes["params"] = dict(problem=eqn.params["problem"])
+  return eqn.replace(primitive=fwd_p, **changes)
 
 
 def _fused_remat(saveable, unknown, instantiated, eqn):
   """Returns the known and the recomputed equation, and their residuals."""
   n = len(eqn.invars) - sum(eqn.params["nonzero"])
-  residuals = [
-    v
-    for v, i in zip(eqn.invars, instantiated, strict=True)
-    if not i and not hasattr(v, "val")
-  ]
+  known_in = [v for v, i in zip(eqn.invars, instantiated, strict=True) if not i]
+  residuals = [v for v in known_in if not hasattr(v, "val")]  # no literals
   avals = [v.aval for v in eqn.invars]
   yes, no = [True] * 3, [False] * 3
   if any(unknown[:n]):
@@ -306,10 +280,8 @@ def _fused_remat(saveable, unknown, instantiated, eqn):
 
 def _fused_dce(used, eqn):
   n, total = len(eqn.invars) - sum(eqn.params["nonzero"]), len(eqn.invars)
-  if not any(used):
-    return [False] * total, None
-  if used[2]:
-    return [True] * total, eqn
+  if used[2] or not any(used):
+    return [used[2]] * total, eqn if used[2] else None
   return [True] * n + [False] * (total - n), _without_tangent(eqn)
 
 
