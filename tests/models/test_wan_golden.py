@@ -177,7 +177,7 @@ def test_time_embedding():
   assert relative(stream.e_6[0], COMPONENTS["time_projection_out"]) < 1e-9
 
 
-@pytest.mark.parametrize("head_width", [12, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize("head_width", [12, 32, 128])
 def test_rope(head_width):
   name = f"rope_hd{head_width}"
   np.testing.assert_array_equal(
