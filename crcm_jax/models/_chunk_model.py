@@ -90,7 +90,7 @@ class WanChunks:
     The prompt's keys and values are computed anew, for their gradient.
     """
     text = self._apply("text_keys_values", params, self.text)
-    return dataclasses.replace(cache, text=text, frames=frames, position=frames)
+    return cache._replace(text=text, frames=frames, position=frames)
 
   def _apply(self, method: str, params: Params, *args: Any) -> Any:
     return self.model.apply({"params": params}, *args, method=method)
