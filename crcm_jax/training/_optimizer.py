@@ -1,6 +1,9 @@
 """The optimizer of every stage: AdamW with a short linear warm-up."""
 
+import jax.numpy as jnp
 import optax
+
+from crcm_jax._typing import Array, Float, Int
 
 
 def adamw(
@@ -32,11 +35,13 @@ def adamw(
     clip_norm: clips the gradients' global norm; None does not.
     decay_mask: a tree (or function to one) of booleans, what to decay.
   """
-  schedule = learning_rate
-  if warmup_steps:
-    schedule = optax.linear_schedule(
-      warmup_start * learning_rate, learning_rate, warmup_steps
-    )
+
+  def schedule(updates: Int[Array, ""]) -> Float[Array, ""]:
+    # optax.linear_schedule loses the first update's 1e-6 in float32.
+    done = updates.astype(jnp.result_type(float)) / max(warmup_steps, 1)
+    done = jnp.minimum(done, 1) if warmup_steps else jnp.ones_like(done)
+    return learning_rate * (warmup_start + (1 - warmup_start) * done)
+
   update = optax.adamw(
     schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
   )

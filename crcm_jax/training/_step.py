@@ -92,7 +92,7 @@ def make_train_step(
     (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(
       trained
     )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, new_opt_state = optimizer.update(grads, opt_state, trained)
     new = optax.apply_updates(trained, updates)
