@@ -1,7 +1,7 @@
 """All that a training run must remember, besides its data position."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,15 @@ import optax
 
 from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Int, Params
+
+
+Count: TypeAlias = Any
+"""An int32 scalar, or what stands for it in a state of shapes or shardings."""
+
+
+Count: TypeAlias = Any
+"""int32, shape []. Not annotated as an array: JAX also builds this class with
+shapes or shardings for leaves, which the run-time checks would refuse."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,15 +37,15 @@ class TrainState:
     skipped: updates not applied because something was not finite.
   """
 
-  step: Int[Array, ""]
+  step: Count
   student: Params
   student_opt_state: optax.OptState
-  student_updates: Int[Array, ""]
+  student_updates: Count
   ema: Params
   fake: Params | None
   fake_opt_state: Any
-  fake_updates: Int[Array, ""]
-  skipped: Int[Array, ""]
+  fake_updates: Count
+  skipped: Count
 
 
 def init_state(
