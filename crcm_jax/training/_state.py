@@ -10,7 +10,6 @@ import optax
 from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Int, Params
 
-
 Count: TypeAlias = Any
 """An int32 scalar, or what stands for it in a state of shapes or shardings."""
 

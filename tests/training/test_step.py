@@ -1,0 +1,196 @@
+"""The train step: state, phases, randomness, and updates it refuses."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crcm_jax import training
+from crcm_jax.data import Batch
+
+
+class Draws(NamedTuple):
+  noise: jnp.ndarray
+
+
+class Metrics(NamedTuple):
+  error: jnp.ndarray
+  parts: jnp.ndarray
+  dropped: jnp.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """loss = (w x + other - noise)^2, where `other` is a frozen network."""
+
+  other: str | None = None
+
+  def draws(self, key, batch, counters):
+    return Draws(jax.random.normal(key, batch.x_0.shape[:1]))
+
+  def loss(self, trainable, frozen, batch, draws, counters):
+    x = batch.x_0[:, 0, 0, 0, 0]
+    other = frozen[self.other]["w"] if self.other else 0.0
+    error = trainable["w"] * x + other - draws.noise
+    parts = jnp.stack([error, 2 * error], axis=1)
+    return error**2, Metrics(error, parts, jnp.ones(x.shape, jnp.int32))
+
+
+OPTIMIZER = optax.adam(0.1)
+KEY = jax.random.key(3)
+
+
+def _batch(value=1.0):
+  x_0 = jnp.ones((2, 1, 1, 1, 1)).at[1].set(value)
+  return Batch(x_0=x_0, condition=None, null_condition=None)
+
+
+def _state(fake=False):
+  params = {"w": jnp.array(0.5)}
+  if not fake:
+    return training.init_state(params, OPTIMIZER)
+  return training.init_state(
+    params,
+    OPTIMIZER,
+    fake={"w": jnp.array(-1.0)},
+    fake_optimizer=OPTIMIZER,
+  )
+
+
+def test_student_step_counts_and_averages():
+  step = training.make_train_step(Line(), OPTIMIZER)
+  state, metrics = step(_state(), {}, _batch(), KEY)
+  assert (int(state.step), int(state.student_updates)) == (1, 1)
+  # The first update copies the parameters into the average.
+  np.testing.assert_array_equal(state.ema["w"], state.student["w"])
+  assert sorted(metrics) == [
+    *("dropped", "error", "grad_norm", "loss"),
+    *("parts/0", "parts/1", "skipped"),
+  ]
+  assert metrics["dropped"] == 2  # A count is summed, a value averaged.
+  np.testing.assert_allclose(
+    metrics["parts/1"], 2 * metrics["error"], rtol=1e-6
+  )
+  state, _ = step(state, {}, _batch(), KEY)
+  beta, rest = training.ema_beta(jnp.array(1), training.ema_exponent(0.1))
+  assert 0 < beta < rest < 1
+  assert state.ema["w"] != state.student["w"]
+
+
+def test_loss_is_the_mean_of_its_draws():
+  noise = Line().draws(jax.random.fold_in(KEY, 0), _batch(), None).noise
+  step = training.make_train_step(Line(), OPTIMIZER)
+  _, metrics = step(_state(), {}, _batch(), KEY)
+  np.testing.assert_allclose(
+    metrics["loss"], np.mean((0.5 - noise) ** 2), rtol=1e-5
+  )
+
+
+def test_draws_follow_the_step_and_resuming_repeats_them():
+  step = training.make_train_step(Line(), OPTIMIZER)
+  state, first = step(_state(), {}, _batch(), KEY)
+  copy = jax.tree.map(jnp.array, state)
+  state, second = step(state, {}, _batch(), KEY)
+  assert first["error"] != second["error"]
+  resumed, again = step(copy, {}, _batch(), KEY)
+  assert again["error"] == second["error"]
+  assert resumed.student["w"] == state.student["w"]
+
+
+def test_phases_train_their_own_network_on_the_other():
+  order = training.Alternation(student_every=2)
+  student = training.make_train_step(Line("fake"), OPTIMIZER, alternation=order)
+  critic = training.make_train_step(
+    Line("student"), OPTIMIZER, phase="critic", alternation=order
+  )
+  state, _ = student(_state(fake=True), {}, _batch(), KEY)
+  assert state.student["w"] != 0.5
+  assert state.fake["w"] == -1.0
+  w, ema = float(state.student["w"]), float(state.ema["w"])
+  state, _ = critic(state, {}, _batch(), KEY)
+  assert (state.student["w"], state.ema["w"]) == (w, ema)
+  assert state.fake["w"] != -1.0
+  counts = (state.step, state.student_updates, state.fake_updates)
+  assert tuple(map(int, counts)) == (2, 1, 1)
+  np.testing.assert_array_equal(_adam_count(state.student_opt_state), 1)
+
+
+def _adam_count(opt_state):
+  return opt_state[0].count
+
+
+@pytest.mark.parametrize("phase", ["student", "critic"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_update_that_is_not_finite_changes_nothing_but_its_count(phase, bad):
+  other = "fake" if phase == "student" else "student"
+  step = training.make_train_step(Line(other), OPTIMIZER, phase=phase)
+  before = jax.tree.map(np.array, _state(fake=True))
+  state, metrics = step(_state(fake=True), {}, _batch(bad), KEY)
+  assert not np.isfinite(metrics["loss"])
+  assert metrics["skipped"] == state.skipped == 1
+  for field in dataclasses.fields(state):
+    if field.name in ("step", "skipped"):
+      continue
+    for got, want in zip(
+      jax.tree.leaves(getattr(state, field.name)),
+      jax.tree.leaves(getattr(before, field.name)),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(got, want, err_msg=field.name)
+  # It goes on as if nothing had been.
+  state, metrics = step(state, {}, _batch(), KEY)
+  assert np.isfinite(metrics["loss"])
+  assert (int(state.step), int(state.skipped)) == (2, 1)
+
+
+def test_state_is_donated_and_starts_from_copies():
+  params = {"w": jnp.array(0.5)}
+  state = training.init_state(
+    params, OPTIMIZER, fake=params, fake_optimizer=OPTIMIZER
+  )
+  step = training.make_train_step(Line("fake"), OPTIMIZER)
+  step(state, {"real": params}, _batch(), KEY)
+  assert state.student["w"].is_deleted()
+  assert float(params["w"]) == 0.5
+
+
+def test_average_is_at_least_float32():
+  params = {"w": jnp.array(0.5, jnp.bfloat16)}
+  assert training.init_state(params, OPTIMIZER).ema["w"].dtype == jnp.float32
+
+
+def test_shardings_are_kept():
+  mesh = jax.make_mesh((1,), ("data",))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  state = _state()
+  step = training.make_train_step(
+    Line(),
+    OPTIMIZER,
+    shardings=training.Shardings(
+      state=jax.tree.map(lambda _: everywhere, state), batch=everywhere
+    ),
+  )
+  state, _ = step(state, {}, _batch(), KEY)
+  assert all(a.sharding == everywhere for a in jax.tree.leaves(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_phases_are_refused():
+  with pytest.raises(ValueError, match=r"`phase` must be .*got 'teacher'"):
+    training.make_train_step(Line(), OPTIMIZER, phase="teacher")
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"fake": {"w": jnp.ones(())}}, "belong together; got only `fake`"),
+    ({"fake_optimizer": OPTIMIZER}, "got only `fake_optimizer`"),
+  ],
+)
+def test_half_a_critic_is_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    training.init_state({"w": jnp.ones(())}, OPTIMIZER, **settings)
