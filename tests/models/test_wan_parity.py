@@ -5,11 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_wan
 from tiny_wan import CONFIG, jit, relative
 
-from crcm_jax import ChunkPattern, kernels, models
+from crcm_jax import ChunkPattern, kernels, models, testing
 from crcm_jax.models import _rope
 
 PATTERN, FRAMES = ChunkPattern(2, 2), 6
@@ -180,29 +181,13 @@ def test_attention_policy_keeps_attention():
 
 
 def test_causality():
-  """What moves when one chunk of `x`, or of the context, moves."""
-  params, x, t, text, clean, _, weight = setting()
-
-  @jit
-  def reached(frames):
-    direction = weight * frames[None, :, None, None, None]
-    zero = jnp.zeros_like(x)
-    causal = lambda x: MODEL.apply(
-      {"params": params}, x, t, text, pattern=PATTERN
-    )
-    forced = lambda x, context: two_streams(params, x, t, text, context, None)
-    moves = lambda f, primals, tangents: (
-      jnp.abs(jax.jvp(f, primals, tangents)[1]).max(axis=(0, 2, 3, 4)) > 0
-    )
-    return (
-      moves(causal, (x,), (direction,)),
-      moves(forced, (x, clean), (direction, zero)),
-      moves(forced, (x, clean), (zero, direction)),
-    )
-
-  chunk = PATTERN.chunk_of_frame(FRAMES)
-  for moved in range(PATTERN.num_chunks(FRAMES)):
-    causal, own, past = reached(jnp.asarray(chunk == moved, jnp.float64))
-    assert causal.tolist() == (chunk >= moved).tolist()
-    assert own.tolist() == (chunk == moved).tolist()
-    assert past.tolist() == (chunk > moved).tolist()
+  params, x, t, text, clean, *_ = setting()
+  causal = lambda x: MODEL.apply(
+    {"params": params}, x, t, text, pattern=PATTERN
+  )
+  testing.check_block_causal(causal, x, PATTERN)
+  forced = lambda x, context: two_streams(params, x, t, text, context, None)
+  past = lambda context: forced(x, context)
+  testing.check_block_causal(past, clean, PATTERN, strict=True)
+  own = testing.check_block_causal(lambda x: forced(x, clean), x, PATTERN)
+  assert ((own.influence > 0) == np.eye(PATTERN.num_chunks(FRAMES))).all()
