@@ -10,7 +10,7 @@ was damaged later is skipped for the one before it, and the reader is told.
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,13 +20,11 @@ from crcm_jax.training import _config
 
 _LOG = logging.getLogger(__name__)
 
-State = TypeVar("State")
-
 RESUMABLE = ("loop", "mesh", "steps")
 """Sections and keys that may change between a run and its continuation."""
 
 
-class Restored(NamedTuple, Generic[State]):
+class Restored(NamedTuple):
   """What a checkpoint holds.
 
   Attributes:
@@ -37,7 +35,7 @@ class Restored(NamedTuple, Generic[State]):
   """
 
   step: int
-  state: State
+  state: Any
   data: Any
   config: dict[str, Any]
 
@@ -96,9 +94,7 @@ class Checkpoints:
       ),
     )
 
-  def restore(
-    self, like: State, config: Mapping[str, Any]
-  ) -> Restored[State] | None:
+  def restore(self, like: Any, config: Mapping[str, Any]) -> Restored | None:
     """Reads the newest checkpoint of this config that is whole.
 
     Args:
@@ -147,7 +143,7 @@ class Checkpoints:
     if damaged:
       self._manager.reload()
 
-  def read(self, step: int | None, like: Any = None) -> Restored[Any]:
+  def read(self, step: int | None, like: Any = None) -> Restored:
     """Reads one checkpoint whatever its config, for another use.
 
     Args:

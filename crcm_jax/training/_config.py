@@ -176,7 +176,7 @@ class Section:
       ) from error
     return function(*args, **settings, **more)
 
-  def choose(self, choices: Mapping[str, Callable[..., Any]]) -> Any:
+  def choose(self, choices: Mapping[str, Any]) -> Any:
     """Returns the entry of `choices` that the key `name` names."""
     name = self["name"]
     if name not in choices:

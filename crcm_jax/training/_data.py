@@ -9,7 +9,7 @@ import dataclasses
 import fcntl
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from crcm_jax import data
 from crcm_jax._typing import Array
 
 
+@runtime_checkable
 class Dataset(Protocol):
   """What the training loop needs of a dataset."""
 

@@ -7,7 +7,7 @@ an argument of it.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from crcm_jax.chunks import ChunkPattern
 from crcm_jax.data import Batch
 
 
+@runtime_checkable
 class Generator(Protocol):
   """Makes one clip for each example of a batch."""
 

@@ -8,7 +8,7 @@ are one `Writer` through `Fanout`.
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from crcm_jax import _extras
 from crcm_jax.evaluation import write_video
 
 
+@runtime_checkable
 class Writer(Protocol):
   """Takes what a run reports of a step."""
 

@@ -1,0 +1,150 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from crcm_jax.training import _data, _experiment, _loop
+from crcm_jax.training._checkpoints import Checkpoints
+
+
+@pytest.fixture
+def folders(tmp_path):
+  return _loop.Folders(tmp_path / "run", tmp_path / "data")
+
+
+def lines(folders, stage="diffusion"):
+  return (folders.experiment / stage / "metrics.jsonl").read_text()
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, folders):
+  other = _loop.Folders(tmp_path / "other", tmp_path / "data")
+  whole = _loop.train_stage(tiny.stage(steps=5), folders)
+  _loop.train_stage(tiny.stage(steps=3), other)
+  resumed = _loop.train_stage(tiny.stage(steps=5), other)
+  assert_same(whole, resumed)
+  assert lines(folders) == lines(other)
+
+
+def test_the_workdir_tells_all_about_the_run(folders):
+  stage = tiny.stage(loop=dict(sample_every=4))
+  _loop.train_stage(stage, folders)
+  workdir = folders.experiment / "diffusion"
+  assert json.loads((workdir / "config.json").read_text()) == stage.config
+  rows = [json.loads(line) for line in lines(folders).splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  assert {"student/loss", "student/grad_norm", "student/skipped"} <= set(
+    rows[0]
+  )
+  assert Checkpoints(workdir).steps() == [2, 4]
+  assert len(list((workdir / "samples").glob("*_0000004.gif"))) == 2
+
+
+def test_another_config_in_the_workdir_is_refused(folders):
+  _loop.train_stage(tiny.stage(steps=2), folders)
+  with pytest.raises(ValueError, match=r"differs in `optimizer.learning_rate`"):
+    _loop.train_stage(
+      tiny.stage(steps=2, optimizer=dict(learning_rate=1.0, warmup_steps=0)),
+      folders,
+    )
+
+
+def test_stops_at_the_first_update_that_is_not_finite(folders):
+  exploding = dict(learning_rate=1e38, warmup_steps=0)
+  stage = tiny.stage(
+    steps=9, optimizer=exploding, loop=dict(checkpoint_every=1)
+  )
+  message = (
+    r"diffusion stopped at step (\d): its update was not finite"
+    r" \(.*grad_norm.*loss.*\), and was not applied. Checkpoints of steps"
+    r" \[1.*\] are kept. Lower the learning rate, or allow"
+  )
+  with pytest.raises(_loop.NonFiniteUpdate, match=message):
+    _loop.train_stage(stage, folders)
+  kept = Checkpoints(folders.experiment / "diffusion").read(None)
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(kept.state))
+
+
+def test_a_config_may_allow_updates_that_are_not_finite(folders):
+  exploding = dict(learning_rate=1e38, warmup_steps=0)
+  stage = tiny.stage(optimizer=exploding, loop=dict(allow_skipped=9))
+  state = _loop.train_stage(stage, folders)
+  assert state.step == stage.steps
+  assert state.skipped > 0
+
+
+class _Killed:
+  """Batches that ask the process to stop, once, at the second one."""
+
+  def __init__(self, batches):
+    self._batches, self._count = batches, 0
+
+  def __next__(self):
+    self._count += 1
+    if self._count == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return next(self._batches)
+
+  def get_state(self):
+    return self._batches.get_state()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
+  stage = tiny.stage(loop=dict(checkpoint_every=4))
+  handler = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    batches = _data.RandomLatents.batches
+    killed = lambda self, folder, seed: _Killed(batches(self, folder, seed))
+    patch.setattr(_data.RandomLatents, "batches", killed)
+    with pytest.raises(_loop.Interrupted, match=r"saved at step 2"):
+      _loop.train_stage(stage, folders)
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert _loop.train_stage(stage, folders).step == stage.steps
+  assert len(lines(folders).splitlines()) == stage.steps
+
+
+def test_each_phase_is_compiled_once(folders, monkeypatch):
+  stages = _experiment.read_experiment(
+    tiny.config(
+      stages=("diffusion", "matching"),
+      matching=tiny.SELF_FORCING,
+      loop=dict(checkpoint_every=9, tensorboard=False),
+    )
+  ).stages
+  _loop.train_stage(stages["diffusion"], folders)
+  programs, seen = [], []
+  monitoring = jax.monitoring
+  count = lambda name, seconds, **about: programs.append(name)
+  monkeypatch.setattr(
+    _loop._Run,
+    "flush",
+    lambda run: seen.append(
+      sum("backend_compile" in name for name in programs)
+    ),
+  )
+  monitoring.register_event_duration_secs_listener(count)
+  try:
+    state = _loop.train_stage(stages["matching"], folders)
+  finally:
+    monitoring.unregister_event_duration_listener(count)
+  assert state.student_updates == 2
+  assert state.fake_updates == 4
+  # Before step 3 both phases, the student's and the critic's, ran once.
+  after_both, *later = seen[2 : stages["matching"].steps]
+  assert set(later) == {after_both}
+
+
+def test_every_loop_setting_is_checked():
+  with pytest.raises(ValueError, match=r"`loop.log_every` must be at least 1"):
+    tiny.stage(loop=dict(log_every=0))
+  assert dataclasses.replace(tiny.stage().loop, sample_every=0).is_due(
+    "checkpoint", 4, 4
+  )
