@@ -4,6 +4,7 @@ import functools
 
 import jax
 
+_jit = jax.jit  # A test may put `quick_jit` in its place.
 _OPTIONS = {
   "xla_backend_optimization_level": 0,
   "xla_cpu_use_fusion_emitters": False,
@@ -16,13 +17,13 @@ def _options():
   known = {}
   for name, value in _OPTIONS.items():
     try:
-      jax.jit(lambda: 0, compiler_options={name: value})()
+      _jit(lambda: 0, compiler_options={name: value})()
       known[name] = value
     except Exception:  # Unknown to this version: whatever it raises.
       continue
   return known
 
 
-def quick_jit(function):
+def quick_jit(function, **settings):
   """Returns a jitted function whose compilation takes few optimisations."""
-  return jax.jit(function, compiler_options=_options())
+  return _jit(function, compiler_options=_options(), **settings)

@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import optax
 
-from crcm_jax._typing import Array, Float, Int
-
 
 def adamw(
   learning_rate: float,
@@ -36,9 +34,10 @@ def adamw(
     decay_mask: a tree (or function to one) of booleans, what to decay.
   """
 
-  def schedule(updates: Int[Array, ""]) -> Float[Array, ""]:
+  def schedule(updates):
     # optax.linear_schedule loses the first update's 1e-6 in float32.
-    done = updates.astype(jnp.result_type(float)) / max(warmup_steps, 1)
+    updates = jnp.asarray(updates, jnp.result_type(float))
+    done = updates / max(warmup_steps, 1)
     done = jnp.minimum(done, 1) if warmup_steps else jnp.ones_like(done)
     return learning_rate * (warmup_start + (1 - warmup_start) * done)
 

@@ -11,10 +11,6 @@ from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Int, Params
 
 Count: TypeAlias = Any
-"""An int32 scalar, or what stands for it in a state of shapes or shardings."""
-
-
-Count: TypeAlias = Any
 """int32, shape []. Not annotated as an array: JAX also builds this class with
 shapes or shardings for leaves, which the run-time checks would refuse."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_networks import f64, GOLDEN, network, video
 from golden_self_forcing import critic, draws, self_forcing, settings
+from quick_jit import quick_jit
 
 from crcm_jax import models, training
 from crcm_jax.data import Batch
@@ -73,7 +74,8 @@ def _steps(config, table, cases):
   return order, optimizers, steps
 
 
-def test_seven_iterations_are_the_references():
+def test_seven_iterations_are_the_references(monkeypatch):
+  monkeypatch.setattr(jax, "jit", quick_jit)
   with jax.enable_x64(True):
     whole = golden.load(LOOP)
     cases = [golden.load(LOOP, f"it{i}") for i in range(ITERATIONS)]
