@@ -138,13 +138,16 @@ def rollout(
       not fit chunks and steps or do not decrease.
 
   Example:
-    >>> class Still:  # Every video is zero: v = x / t.
+    >>> from crcm_jax.sampling import chunk_times
+    >>> class Still:  # Knows no past; every video is zero: v = x / t.
     ...   def init(self, params, batch, frames):
     ...     return ()
     ...   def velocity(self, params, x, t, cache):
     ...     return x / t[..., None, None, None]
     ...   def append(self, params, x, t, cache):
     ...     return x, cache
+    ...   def rewind(self, params, cache, frames):
+    ...     return cache
     >>> noise = jax.random.normal(jax.random.key(0), (2, 1, 6, 4, 4, 3))
     >>> times, counts = chunk_times([(1.0, 0.5, 0.0)], 2)
     >>> result = rollout(Still(), {}, noise, ChunkPattern(3, 3), times, counts,
