@@ -186,6 +186,10 @@ class Section:
       )
     return choices[name]
 
+  def as_dict(self) -> dict[str, Any]:
+    """Returns all keys with their values; they count as read."""
+    return {key: self.take(key) for key in self._values}
+
   def unread(self) -> list[str]:
     """Lists the dotted names of the keys that nothing has read."""
     names = []
@@ -209,7 +213,7 @@ class Section:
 def _plain(value: Any) -> Any:
   """A value without sections and lists; the keys of sections count as read."""
   if isinstance(value, Section):
-    return {key: value.take(key) for key in value._values}
+    return value.as_dict()
   if isinstance(value, list | tuple):
     return tuple(map(_plain, value))
   return value

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax import data
-from crcm_jax._typing import Array
 
 
 @runtime_checkable
@@ -37,7 +36,7 @@ class Dataset(Protocol):
     """Returns the held-out clips, once, with captions and labels."""
     ...
 
-  def decode(self, latents: Array) -> Array:
+  def decode(self, latents: Any) -> Any:
     """Returns pixels in [-1, 1], `[b f h w c]` with c 1 or 3."""
     ...
 
@@ -90,9 +89,9 @@ class MovingDigits:
       frames=self.frames,
     )
 
-  def decode(self, latents: Array) -> Array:
+  def decode(self, latents: Any) -> Any:
     """Returns pixels in [-1, 1]."""
-    return jnp.asarray(data.video_from_latents(latents))
+    return data.video_from_latents(latents)
 
   def encode(self, captions: Sequence[str]) -> np.ndarray:
     """Returns the embeddings of captions."""
@@ -152,7 +151,7 @@ class RandomLatents:
     """Raises: noise has no captions to be scored against."""
     raise ValueError(_NO_CAPTIONS)
 
-  def decode(self, latents: Array) -> Array:
+  def decode(self, latents: Any) -> Any:
     """Shows the first channel of the latents."""
     return latents[..., :1]
 

@@ -153,7 +153,7 @@ def _teachers(
 
 
 def _few_steps(stage: Stage) -> tuple[int, ...]:
-  return tuple(map(int, stage.sampling.mid_times))
+  return stage.sampling.few_steps
 
 
 def _ode_steps(stage: Stage, pattern: ChunkPattern | None) -> tuple[int, ...]:

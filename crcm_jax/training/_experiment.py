@@ -77,7 +77,7 @@ def read_experiment(config: Any) -> Experiment:
   root = _config.Section(config)
   names = tuple(root["stages"])
   shared = {key: root.take(key) for key in SHARED if key in root}
-  own = {name: root.take(name) for name in names}
+  own = {name: root[name].as_dict() for name in names}
   evaluation = None
   if "evaluation" in root:
     evaluation = root["evaluation"].call(Evaluation)

@@ -9,6 +9,7 @@ safetensors file. Without more, it is the moving average of the newest
 checkpoint.
 """
 
+import functools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -143,6 +144,7 @@ def _pattern(about: Mapping[str, Any]) -> ChunkPattern | None:
   return None if pattern is None else ChunkPattern(**pattern)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: models.Wan, key: PRNGKeyArray) -> Params:
   """Draws parameters; their shapes depend on no video's size."""
   config = model.config

@@ -71,9 +71,14 @@ class Sampling:
   guidance: float = 3.0
 
   @property
+  def few_steps(self) -> tuple[int, ...]:
+    """The numbers of steps that a student has a schedule for, most first."""
+    return tuple(sorted(map(int, self.mid_times), reverse=True))
+
+  @property
   def most_steps(self) -> int:
     """The most steps that a student has a schedule for."""
-    return max(map(int, self.mid_times))
+    return self.few_steps[0]
 
   @property
   def context_times(self) -> tuple[float, ...]:
@@ -142,8 +147,8 @@ class Sampling:
   def _mid_times(self, steps: int) -> Sequence[Sequence[float]]:
     if str(steps) not in self.mid_times:
       raise ValueError(
-        f"`steps` must be one of {', '.join(self.mid_times)}, the schedules of"
-        f" this model; got {steps}."
+        f"`steps` must be one of {self.few_steps}, for which this model has a"
+        f" schedule; got {steps}."
       )
     return self.mid_times[str(steps)]
 

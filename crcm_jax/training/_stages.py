@@ -208,9 +208,7 @@ class Stage:
       student = self.load_role("student", experiment)
     else:
       key = jax.random.fold_in(jax.random.key(self.seed), 0)
-      student = jax.jit(_networks.init_params, static_argnums=0)(
-        self.model, key
-      )
+      student = _networks.init_params(self.model, key)
     fake = self.load_role("fake", experiment) if self.kind.critic else None
     return self._state(student, fake)
 

@@ -1,0 +1,147 @@
+"""The command line, from help to a whole tiny experiment."""
+
+import contextlib
+import json
+import logging
+import pathlib
+
+import jax
+import pytest
+
+from crcm_jax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = str(ROOT / "experiments" / "configs" / "moving_digits.py")
+
+# From scratch, but bidirectional parameters start the student at once.
+SHORT = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("digits", {DIGITS!r})
+digits = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(digits)
+
+def get_config():
+  config = digits.get_config("runlocal")
+  with config.unlocked():
+    del config.causal, config.consistency
+    config.stages = ("bidirectional", "self_forcing")
+    config.self_forcing.init.student = "bidirectional"
+    config.network.layers = 1
+    config.loop.sample_every = 0
+    config.evaluation.num_examples = 1
+  return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+  logger = logging.getLogger("crcm_jax")
+  yield
+  logger.handlers.clear()
+  logger.propagate = True
+
+
+@pytest.fixture
+def _compile_fast():
+  """Skips XLA's optimisations: the programs run a few steps only."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(*words):
+  with contextlib.suppress(SystemExit):
+    return cli.main([str(word) for word in words])
+  return None
+
+
+@pytest.mark.parametrize(
+  "command", ["train", "sample", "evaluate", "export", "print-config"]
+)
+def test_help_shows_examples(command, capsys):
+  run(command, "--help")
+  shown = capsys.readouterr().out
+  assert f"usage: crcm {command}" in shown
+  assert f"examples:\n  crcm {command} " in shown
+
+
+def test_help_lists_the_commands(capsys):
+  run("--help")
+  shown = capsys.readouterr().out
+  for line in (
+    "Trains all stages",
+    "Generates one clip",
+    "Scores the networks",
+  ):
+    assert line in shown
+
+
+def test_print_config_applies_changes(capsys):
+  assert run("print-config", "--config", DIGITS, "--config.seed=7") == 0
+  assert "seed: 7" in capsys.readouterr().out
+
+
+def test_an_unknown_key_names_the_nearest(capsys):
+  assert run("print-config", "--config", DIGITS, "--config.sede=7") == 2
+  assert "did you mean `seed`?" in capsys.readouterr().err
+
+
+def test_an_unknown_argument_is_refused(capsys):
+  run("evaluate", "runs/x", "--sede")
+  assert "unrecognized arguments: --sede" in capsys.readouterr().err
+  run("evaluate", "runs/x", "--config.seed=1")
+  assert "take --config.KEY=VALUE" in capsys.readouterr().err
+
+
+def test_an_unknown_stage_and_workdir_are_named(tmp_path, capsys):
+  words = ("train", "--config", DIGITS, "--workdir", tmp_path)
+  assert run(*words, "--stage", "causl") == 2
+  assert "must be one of ['consistency'" in capsys.readouterr().err
+  assert run("evaluate", tmp_path) == 2
+  assert "has no experiment.json" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_compile_fast")
+def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
+  pytest.importorskip("tensorflow_datasets")
+  config, workdir = tmp_path / "short.py", tmp_path / "run"
+  config.write_text(SHORT)
+  train = ("train", "--config", config, "--workdir", workdir)
+  train += ("--data_dir", tmp_path / "data")
+  assert run(*train) == 0
+  shown = capsys.readouterr()
+  assert f"The report is {workdir / 'report.html'}" in shown.out
+  rows = json.loads((workdir / "report.json").read_text())["rows"]
+  assert {"real", "self_forcing, 2 steps"} <= rows.keys()
+  assert "self_forcing: 100%" in shown.err
+
+  clip, weights = tmp_path / "clip.gif", tmp_path / "w" / "student.safetensors"
+  assert run("sample", workdir, "--out", clip, "--steps", 2) == 0
+  assert clip.read_bytes().startswith(b"GIF")
+  assert run("export", workdir / "self_forcing", "--out", weights) == 0
+  about = json.loads(weights.with_suffix(".json").read_text())
+  assert about["stage"] == "self_forcing"
+  assert about["command"].startswith("crcm train --config")
+  assert run("sample", weights, "--out", clip, "--steps", 3) == 2
+  assert "`steps` must be one of (4, 2, 1)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_compile_fast")
+def test_the_whole_experiment_runs_locally(tmp_path):
+  words = ("train", "--config", f"{DIGITS}:runlocal", "--workdir", tmp_path)
+  assert run(*words, "--data_dir", tmp_path / "data") == 0
+  assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_compiled_programs_are_kept_unless_told_where(monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    cli._keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli._keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == str(cli.CACHE / "programs")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
