@@ -44,7 +44,8 @@ def test_presets(config, count):
 def test_initialisation():
   x, t, text, _ = tiny_wan.inputs(2)
   config = dataclasses.replace(CONFIG, width=256, layers=3)
-  params = jit(models.Wan(config).init)(jax.random.key(0), x, t, text)
+  key = jax.random.key(0, impl="rbg")  # compiles faster
+  params = jit(models.Wan(config).init)(key, x, t, text)
   params = params["params"]
   std = lambda a: float(jnp.std(a))
   query = params["blocks"]["self_attention"]["query"]
@@ -65,14 +66,13 @@ def test_bfloat16_computes_in_bfloat16_around_float32_islands():
     return kernels.attention(q, k, v, **kwargs)
 
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  params, (x, t, text, clean) = tiny_wan.params(), tiny_wan.inputs(3)
-  mode = {"pattern": ChunkPattern(1, 2), "context": clean}
+  params, (x, t, text, _) = tiny_wan.params(), tiny_wan.inputs(3)
   run = lambda model, x: jit(
-    lambda x: model.apply({"params": params}, x, t, text, **mode)
+    lambda x: model.apply({"params": params}, x, t, text)
   )(x)
   want = run(MODEL, x)
   got = run(models.Wan(config, attention=attention), x)
-  assert seen == 4 * [{jnp.dtype("bfloat16")}]
+  assert seen == 2 * [{jnp.dtype("bfloat16")}]
   assert got.dtype == jnp.float32
   assert 1e-5 < relative(got, want) < 0.05
 

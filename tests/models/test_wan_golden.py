@@ -16,7 +16,6 @@ from crcm_jax.testing import golden
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 COMPONENTS = golden.load(GOLDEN / "components.npz")
 NETS = [
-  ("net", "student", "c1-1"),
   ("net", "student", "c1-3"),
   ("net", "student", "c3-3"),
   ("net_mid", "mid", "c1-3"),
@@ -83,7 +82,7 @@ def recorded(*args):
   return Recorded(*args)
 
 
-@pytest.mark.parametrize("net", NETS[2:], ids="-".join)
+@pytest.mark.parametrize("net", NETS[1:], ids="-".join)
 def test_bidirectional(net):
   r = recorded(*net)
   run = r.jvp()
@@ -114,7 +113,7 @@ def test_two_streams_equal_the_packed_reference(net):
     assert relative(tv, r.noisy("jvp_mixed_tv")) < 1e-9
 
 
-@pytest.mark.parametrize("net", NETS[:2], ids="-".join)
+@pytest.mark.parametrize("net", NETS[:1], ids="-".join)
 def test_block_causal(net):
   r = recorded(*net)
   t = r.times("t_chunk")[:, r.pattern.chunk_of_frame(r.frames)]
@@ -126,7 +125,7 @@ def test_block_causal(net):
   assert relative(run(r.x, t), r.case.video("df_blockcausal")) < 1e-9
 
 
-@pytest.mark.parametrize("net", NETS[1:3], ids="-".join)
+@pytest.mark.parametrize("net", NETS[:1], ids="-".join)
 def test_cached_chunks(net):
   r = recorded(*net)
   chunks = models.WanChunks(
