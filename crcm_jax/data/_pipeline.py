@@ -168,7 +168,7 @@ def _cut(clip: dict[str, Any], frames: int) -> dict[str, Any]:
 
 
 def _iterate(
-  clips: Any, batch_size: int, make: Callable[[Sequence[dict[str, Any]]], Any]
+  clips: Any, batch_size: int, make: Callable[[Sequence[Any]], Any]
 ) -> Any:
   """Returns an iterator of batches, one thread working ahead."""
   grain = require("grain", extra="data")

@@ -200,7 +200,11 @@ def _teachers() -> dict[str, Any]:
   config = _gpu()
   for stage in ("consistency", "self_forcing"):
     del config[stage]
-  return config | dict(stages=("bidirectional", "causal"))
+  return config | dict(
+    stages=("bidirectional", "causal"),
+    bidirectional=_bidirectional(40_000),
+    causal=_causal(40_000),
+  )
 
 
 def _runlocal() -> dict[str, Any]:
