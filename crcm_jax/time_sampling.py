@@ -1,7 +1,7 @@
 """Which times a model is trained at.
 
 A `TimeDistribution` is a law on [0, 1] with its distribution function and the
-inverse: `LogitNormal` and `ShiftedUniform`. `monotone` draws one time per
+inverse: `LogNormal` and `ShiftedUniform`. `monotone` draws one time per
 chunk, non-decreasing over the chunks, so that a model sees histories cleaner
 than what it denoises (called FoPP in FAR and CausVid-like trainers).
 
@@ -45,7 +45,7 @@ class TimeDistribution(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitNormal:
+class LogNormal:
   """Times whose noise level is log-normal: `logit t ~ N(mean, std^2)`.
 
   With `sigma = t / (1 - t)`, this is the law of EDM: `log sigma` is normal.

@@ -79,7 +79,7 @@ KINDS = {
 """The stages' objectives by the names that configs give them."""
 
 DISTRIBUTIONS = {
-  "logit_normal": time_sampling.LogitNormal,
+  "log_normal": time_sampling.LogNormal,
   "shifted_uniform": time_sampling.ShiftedUniform,
 }
 """The distributions of training times by the names that configs give them."""

@@ -125,7 +125,7 @@ def _consistency(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
     steps=steps,
     objective=dict(
       name="continuous_consistency",
-      time=dict(name="logit_normal", mean=-0.8, std=1.6),
+      time=dict(name="log_normal", mean=-0.8, std=1.6),
       guidance=3.0,
       tangent_warmup=steps // 3,
       loss_scale=1.0,

@@ -181,7 +181,7 @@ def _tf_scm(size: str, stages: tuple[str, ...]) -> dict[str, Any]:
     data=dict(batch_size=32),
     objective=dict(
       name="continuous_consistency",
-      time=dict(name="logit_normal", mean=-0.8, std=1.6),
+      time=dict(name="log_normal", mean=-0.8, std=1.6),
       guidance=3.0,
       tangent_warmup=1000,
       loss_scale=100.0,

@@ -16,7 +16,7 @@ from golden_networks import check_case, f64, GOLDEN, network, video
 from crcm_jax import guidance, losses, paths
 from crcm_jax.testing import golden
 from crcm_jax.time_sampling import (
-  LogitNormal,
+  LogNormal,
   monotone_from_draws,
   ShiftedUniform,
 )
@@ -55,7 +55,7 @@ def per_frame(t, case):
 def law(case):
   name, settings = case.config["p_G"]
   if name == "LogNormal":
-    return LogitNormal(settings["p_mean"], settings["p_std"])
+    return LogNormal(settings["p_mean"], settings["p_std"])
   return ShiftedUniform(settings["shift"])
 
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from crcm_jax import losses
 from crcm_jax._typing import Array, Float, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.time_sampling import LogitNormal, TimeDistribution
+from crcm_jax.time_sampling import LogNormal, TimeDistribution
 from crcm_jax.training._counters import Counters
 from crcm_jax.training.objectives import _inputs, _networks
 
-DEFAULT_TIME = LogitNormal(-0.8, 1.6)
+DEFAULT_TIME = LogNormal(-0.8, 1.6)
 
 
 class ContinuousConsistencyDraws(NamedTuple):
