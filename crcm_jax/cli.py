@@ -16,16 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import data, evaluation, models
-from crcm_jax.training import (
-  _config,
-  _evaluation,
-  _experiment,
-  _loop,
-  _networks,
-  _stages,
-  _writers,
-)
+from crcm_jax import data, evaluation, models, training
+from crcm_jax.training import _config, _networks, _stages
 
 _LOG = logging.getLogger("crcm_jax")
 
@@ -90,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments.command = shlex.join(["crcm", *words])
   try:
     arguments.run(arguments)
-  except (ValueError, OSError, ImportError, _loop.NonFiniteUpdate) as error:
+  except (ValueError, OSError, ImportError, training.NonFiniteUpdate) as error:
     print(f"crcm: {error}", file=sys.stderr)
     return 2
-  except _loop.Interrupted as error:
+  except training.Interrupted as error:
     print(f"crcm: {error}", file=sys.stderr)
     return 143
   return 0
@@ -101,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
   """Trains all stages of a config, or one, and writes the report."""
-  config = _config.load_config(arguments.config, arguments.overrides)
-  experiment = _experiment.read_experiment(config)
+  config = training.load_config(arguments.config, arguments.overrides)
+  experiment = training.read_experiment(config)
   folders = _folders(arguments)
   if arguments.stage is None:
     chosen = list(experiment.stages.values())
@@ -113,7 +105,8 @@ def train(arguments: argparse.Namespace) -> None:
   _write_json(folders.experiment / "experiment.json", record)
   start = time.monotonic()
   for stage in chosen:
-    _loop.train_stage(stage, folders)
+    _write_command(folders.experiment / stage.name, arguments.command)
+    training.train_stage(stage, folders)
   if arguments.stage is None and experiment.evaluation is not None:
     _report(experiment, folders, arguments.command)
   _LOG.info("Done in %.1f minutes.", (time.monotonic() - start) / 60)
@@ -123,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
   """Scores the networks of an experiment and writes its report."""
   folders = _folders(arguments)
   record = _read_experiment_json(folders.experiment)
-  experiment = _experiment.read_experiment(record["config"])
+  experiment = training.read_experiment(record["config"])
   _report(experiment, folders, record["command"])
 
 
@@ -155,15 +148,14 @@ def export(arguments: argparse.Namespace) -> None:
     out, origin.params, origin.about, dtype=jnp.dtype(arguments.dtype)
   )
   workdir = _networks.find(source.where)
-  command = _read_experiment_json(workdir.parent)["command"]
   about = {
-    "command": command,
+    "command": (workdir / "command.txt").read_text().strip(),
     "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
     "config_hash": _config.config_hash(origin.about),
     **origin.about,
   }
   _write_json(out.with_suffix(".json"), about)
-  rows = _writers.read_metrics(workdir / "metrics.jsonl")
+  rows = training.read_metrics(workdir / "metrics.jsonl")
   every = max(1, len(rows) // 200)
   log = "".join(json.dumps(row) + "\n" for row in rows[every - 1 :: every])
   out.with_suffix(".log.jsonl").write_text(log)
@@ -172,16 +164,16 @@ def export(arguments: argparse.Namespace) -> None:
 
 def print_config(arguments: argparse.Namespace) -> None:
   """Prints a config after all changes, once it is known to be readable."""
-  config = _config.load_config(arguments.config, arguments.overrides)
-  _experiment.read_experiment(config)
+  config = training.load_config(arguments.config, arguments.overrides)
+  training.read_experiment(config)
   print(config)
 
 
 def _report(
-  experiment: _experiment.Experiment, folders: _loop.Folders, command: str
+  experiment: training.Experiment, folders: training.Folders, command: str
 ) -> None:
   _LOG.info("Evaluating.")
-  report = _evaluation.evaluate_experiment(
+  report = training.evaluate_experiment(
     experiment,
     folders,
     command=command,
@@ -194,9 +186,7 @@ def _row_text(row: dict[str, float]) -> str:
   return ", ".join(f"{name} {value:.3g}" for name, value in row.items())
 
 
-def _stage_named(
-  experiment: _experiment.Experiment, name: str
-) -> _stages.Stage:
+def _stage_named(experiment: training.Experiment, name: str) -> training.Stage:
   if name not in experiment.stages:
     raise ValueError(
       f"`--stage` must be one of {list(experiment.stages)}; got {name!r}."
@@ -214,7 +204,7 @@ def _of_last_stage(text: str) -> str:
 
 
 def _batch_of(
-  stage: _stages.Stage, caption: str, frames: int | None
+  stage: training.Stage, caption: str, frames: int | None
 ) -> data.Batch:
   """Returns a batch of one example, whose latents only give a shape."""
   _, usual, *rest = stage.dataset.shapes().x_0.shape
@@ -225,8 +215,8 @@ def _batch_of(
   )
 
 
-def _folders(arguments: argparse.Namespace) -> _loop.Folders:
-  return _loop.Folders(
+def _folders(arguments: argparse.Namespace) -> training.Folders:
+  return training.Folders(
     pathlib.Path(arguments.workdir), pathlib.Path(arguments.data_dir)
   )
 
@@ -239,6 +229,11 @@ def _read_experiment_json(folder: pathlib.Path) -> dict[str, Any]:
       " experiment.json."
     )
   return json.loads(path.read_text())
+
+
+def _write_command(workdir: pathlib.Path, command: str) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "command.txt").write_text(command + "\n")
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

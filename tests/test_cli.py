@@ -131,7 +131,11 @@ def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
 def test_the_whole_experiment_runs_locally(tmp_path):
   words = ("train", "--config", f"{DIGITS}:runlocal", "--workdir", tmp_path)
   assert run(*words, "--data_dir", tmp_path / "data") == 0
-  assert (tmp_path / "report.html").stat().st_size > 10_000
+  report = tmp_path / "report.html"
+  assert report.stat().st_size > 10_000
+  report.unlink()
+  assert run("evaluate", tmp_path, "--data_dir", tmp_path / "data") == 0
+  assert report.exists()
 
 
 def test_compiled_programs_are_kept_unless_told_where(monkeypatch):

@@ -20,7 +20,7 @@ from crcm_jax.training import _config
 
 _LOG = logging.getLogger(__name__)
 
-RESUMABLE = ("loop", "mesh", "steps")
+RESUMABLE = ("loop", "mesh", "sharding", "steps")
 """Sections and keys that may change between a run and its continuation."""
 
 

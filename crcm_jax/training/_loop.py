@@ -89,7 +89,8 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
 
   first = int(state.step)
   _describe(stage, workdir, like)
-  run = _Run(stage, checkpoints, _open_writers(stage, workdir, first))
+  writer = _open_writers(stage, workdir, first)
+  run = _Run(stage, checkpoints, writer, _latest(workdir))
   steps = stage.train_steps(_shardings(like, frozen, mesh))
   key = stage.run_key()
   with run.closing(), _stop_signal() as stop, _bar(stage, first) as bar:
@@ -114,11 +115,16 @@ class _Run:
   """What is written about a run, one step behind the device's work."""
 
   def __init__(
-    self, stage: Stage, checkpoints: Checkpoints, writer: _writers.Writer
+    self,
+    stage: Stage,
+    checkpoints: Checkpoints,
+    writer: _writers.Writer,
+    latest: Mapping[str, float],
   ):
     self._stage, self._checkpoints, self._writer = stage, checkpoints, writer
     self._pending: tuple[int, str, Mapping[str, Any]] | None = None
-    self._latest: dict[str, float] = {}
+    # One line shows both phases: each metric as its phase left it.
+    self._latest = dict(latest)
     self._sampler = None
 
   def report(
@@ -227,6 +233,12 @@ def _open_writers(
   if stage.loop.tensorboard:
     writers.append(_writers.TensorBoard(workdir, from_step=first))
   return _writers.Fanout(writers)
+
+
+def _latest(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns the metrics of the last line that the run goes on from."""
+  rows = _writers.read_metrics(workdir / "metrics.jsonl")
+  return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
 
 
 def _bar(stage: Stage, first: int) -> Any:

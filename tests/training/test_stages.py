@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from crcm_jax import ChunkPattern, models
+from crcm_jax import ChunkPattern, models, training
 from crcm_jax.training import (
   _config,
+  _evaluation,
   _experiment,
   _networks,
   _samplers,
@@ -217,3 +218,11 @@ def test_the_papers_stages_follow_each_other():
     load("paper.py:tf,2b")
   with pytest.raises(ValueError, match=r"the variant must be one of"):
     load("moving_digits.py:large")
+
+
+def test_what_cannot_be_evaluated_says_why(tmp_path):
+  folders = training.Folders(tmp_path, tmp_path)
+  with pytest.raises(ValueError, match=r"`config.evaluation` is missing"):
+    training.evaluate_experiment(read(), folders, command="")
+  with pytest.raises(ValueError, match=r"`config.evaluation` needs a causal"):
+    _evaluation._pattern(read())
