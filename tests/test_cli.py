@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import pytest
+import tiny
 
 from crcm_jax import cli
 
@@ -43,10 +44,8 @@ def _restore_logging():
 
 @pytest.fixture
 def _compile_fast():
-  """Skips XLA's optimisations: the programs run a few steps only."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  with tiny.compile_fast():
+    yield
 
 
 def run(*words):

@@ -1,5 +1,9 @@
 """A tiny experiment on random latents, which compiles in seconds."""
 
+import contextlib
+
+import jax
+
 from crcm_jax.training import _experiment
 
 DIFFUSION = dict(
@@ -61,3 +65,11 @@ SELF_FORCING = dict(
   alternation=dict(student_every=3),
   init=dict(student="diffusion", real="diffusion"),
 )
+
+
+@contextlib.contextmanager
+def compile_fast():
+  """Skips XLA's optimisations, for programs that run a few steps only."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

@@ -12,6 +12,12 @@ from crcm_jax.training import _data, _experiment, _loop
 from crcm_jax.training._checkpoints import Checkpoints
 
 
+@pytest.fixture(autouse=True)
+def _compile_fast():
+  with tiny.compile_fast():
+    yield
+
+
 @pytest.fixture
 def folders(tmp_path):
   return _loop.Folders(tmp_path / "run", tmp_path / "data")
