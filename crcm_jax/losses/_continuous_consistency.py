@@ -256,9 +256,7 @@ def trigflow_continuous_consistency_loss(
   speed = jnp.cos(angle) * jnp.sin(angle)
   speed *= _examples.moving(angle, frame_weight)
   f, df = _primal_and_tangent(
-    lambda p, y, a: paths.trigflow_velocity(functools.partial(velocity, p))(
-      y, a
-    ),
+    lambda p, x, a: _trigflow(velocity, p)(x, a),
     params,
     (x, angle),
     (expand(speed, x) * f_teacher, speed),

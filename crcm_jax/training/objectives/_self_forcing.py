@@ -194,7 +194,10 @@ class SelfForcing(_Simulation):
     video = self._replayed(trainable, inputs, made)
     loss = losses.target_matching_loss(video, target)
     return self.loss_scale * loss, SelfForcingMetrics(
-      chunk_gap=_chunk_gap(made.video - target, self.pattern),
+      chunk_gap=_chunk_gap(
+        losses.zero_examples(made.video - target, metrics.dropped == 0),
+        self.pattern,
+      ),
       steps=counts[0].astype(loss.dtype),
       **metrics._asdict(),
     )
