@@ -24,8 +24,8 @@ def chunk_times(
     The times, padded with zeros, and each chunk's number of steps.
 
   Raises:
-    ValueError: if a schedule does not decrease from at most 1 to 0, or has
-      more steps than the one before it.
+    ValueError: if there is no schedule, or if one does not decrease from at
+      most 1 to 0, or has more steps than the one before it.
 
   Example:
     >>> times, counts = chunk_times([(1.0, 0.5, 0.0), (1.0, 0.0)], 3)
@@ -33,8 +33,13 @@ def chunk_times(
     [2, 1, 1]
   """
   rows = [np.asarray(s, np.float64) for s in schedules]
+  if not rows:
+    raise ValueError(
+      "`schedules` must hold at least one schedule, such as (1.0, 0.5, 0.0);"
+      " got none."
+    )
   for row in rows:
-    _check_schedule(row)
+    _check_schedule("schedules", row)
   lengths = [len(row) for row in rows]
   if sorted(lengths, reverse=True) != lengths:
     raise ValueError(
@@ -75,22 +80,24 @@ def check_grid(step_noise, times, counts, chunks: int, solver: str) -> None:
       f"{steps} steps, or give a schedule of {step_noise.shape[0]}."
     )
   # Inside jit their values are not known; `chunk_times` has checked them.
+  full = np.full(chunks, steps)
   if not isinstance(times, jax.core.Tracer):
-    for row in np.asarray(times, np.float64):
-      _check_schedule(row[: 1 + np.count_nonzero(row > 0)])
+    for b, row in enumerate(np.asarray(times, np.float64)):
+      full[b] = np.count_nonzero(row > 0)
+      _check_schedule("times", row[: full[b] + 1])
   if not isinstance(counts, jax.core.Tracer):
     taken = np.asarray(counts)
-    if taken.min() < 1 or taken.max() > steps:
+    if (taken < 1).any() or (taken > full).any():
       raise ValueError(
-        f"`counts` must lie in 1..{steps}, the steps of the longest "
-        f"schedule; got {taken.tolist()}."
+        "`counts` must lie between 1 and the steps of each chunk's schedule, "
+        f"{full.tolist()}; got {taken.tolist()}."
       )
 
 
-def _check_schedule(times: np.ndarray) -> None:
+def _check_schedule(name: str, times: np.ndarray) -> None:
   falls = np.all(np.diff(times) < 0)
   if len(times) < 2 or not falls or times[0] > 1 or times[-1] != 0:
     raise ValueError(
-      "a schedule must decrease from a first time of at most 1 to 0, as in "
+      f"`{name}` must decrease from a first time of at most 1 to 0, as in "
       f"(1.0, 0.5, 0.0); got {tuple(times.tolist())}."
     )

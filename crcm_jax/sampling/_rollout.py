@@ -134,8 +134,9 @@ def rollout(
     The video and its making, with the prefix in front.
 
   Raises:
-    ValueError: if frames do not fit the pattern, or if `times` or `counts` do
-      not fit chunks and steps or do not decrease.
+    ValueError: if frames do not fit the pattern, if `times` or `counts` do
+      not fit chunks and steps or do not decrease, or if a noise or a time of
+      the context is missing.
 
   Example:
     >>> from crcm_jax.sampling import chunk_times
@@ -162,7 +163,8 @@ def rollout(
   given = 0 if prefix is None else prefix.shape[1]
   sizes, skip = chunk_sizes(pattern, given, step_noise.shape[2])
   check_grid(step_noise, times, counts, len(sizes) - skip, solver)
-  _check_context(context, context_start, context_noise, skip)
+  _check_context(context, context_start, context_noise, skip, sum(sizes))
+  _check_context_times(context_times, len(sizes) - skip)
   noisy = (context == "last_step") & (np.arange(len(sizes)) >= context_start)
   rows = _rows(times.astype(dtype), counts, context_times, noisy[skip:])
   generator = _Generator(
@@ -341,7 +343,9 @@ def _prefix_rows(rows: _Row, noisy: np.ndarray) -> _Row:
   )
 
 
-def _check_context(context, start: int, noise, prefix_chunks: int) -> None:
+def _check_context(
+  context, start: int, noise, prefix_chunks: int, frames: int
+) -> None:
   if context not in ("clean", "last_step"):
     raise ValueError(
       f'`context` must be "clean" or "last_step"; got {context!r}.'
@@ -351,4 +355,17 @@ def _check_context(context, start: int, noise, prefix_chunks: int) -> None:
       "`context_noise` is needed to commit a prefix with noise; got None. "
       "Give noise for all frames, or a `context_start` of at least "
       f"{prefix_chunks}."
+    )
+  if noise is not None and noise.shape[1] != frames:
+    raise ValueError(
+      f"`context_noise` must hold noise for all {frames} frames, those of the "
+      f"prefix included; got {noise.shape[1]} frames."
+    )
+
+
+def _check_context_times(context_times, chunks: int) -> None:
+  if context_times is not None and context_times.shape != (chunks,):
+    raise ValueError(
+      f"`context_times` must hold one time per generated chunk, ({chunks},); "
+      f"got {context_times.shape}."
     )
