@@ -43,11 +43,15 @@ def interpolate(
   Returns:
     The noisy data in the dtype of `x_0`, computed in at least float32.
 
+  Raises:
+    ValueError: if data and noise differ in shape.
+
   Example:
     >>> import jax.numpy as jnp
     >>> interpolate(jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.array([0.25]))
     Array([[0.25, 0.25]], dtype=float32)
   """
+  _check_noise(noise, x_0)
   time = expand(t, x_0)
   x_t = (1 - time) * wide(x_0) + time * wide(noise)
   return x_t.astype(x_0.dtype)
@@ -117,7 +121,11 @@ def trigflow_interpolate(
 
   Returns:
     The noisy data in the dtype of `x_0`, computed in at least float32.
+
+  Raises:
+    ValueError: if data and noise differ in shape.
   """
+  _check_noise(noise, x_0)
   a = expand(angle, x_0)
   x_a = jnp.cos(a) * wide(x_0) + jnp.sin(a) * wide(noise)
   return x_a.astype(x_0.dtype)
@@ -160,3 +168,12 @@ def trigflow_velocity(velocity: Velocity) -> Callable[[Array, Array], Array]:
     return (jnp.cos(a) - jnp.sin(a)) * x_t + wide(v) / z
 
   return trigflow
+
+
+def _check_noise(noise: Array, x_0: Array) -> None:
+  """Checks that noise is not broadcast, and so shared, in silence."""
+  if noise.shape != x_0.shape:
+    raise ValueError(
+      f"`noise` must have the shape of `x_0`, {x_0.shape}, one draw for each"
+      f" number; got {noise.shape}."
+    )

@@ -102,3 +102,11 @@ def test_trigflow_velocity_has_the_references_coefficients():
 def test_a_shift_that_is_not_positive_is_refused():
   with pytest.raises(ValueError, match="`shift` must be positive"):
     paths.shift_time(jnp.array(0.5), 0.0)
+
+
+@pytest.mark.parametrize("mix", [paths.interpolate, paths.trigflow_interpolate])
+def test_noise_that_would_be_shared_is_refused(mix, unchecked):
+  del unchecked
+  x_0, noise, t = jnp.zeros((2, 3, 4)), jnp.zeros((2, 1, 4)), jnp.zeros((2, 3))
+  with pytest.raises(ValueError, match=r"`noise` .* \(2, 3, 4\).*\(2, 1, 4\)"):
+    mix(x_0, noise, t)
