@@ -56,7 +56,7 @@ def attention(
       attends to the context alone.
     v: Their values; None with `k`.
     context: Keys and values of the history: a clean stream, or a cache.
-    context_ranges: int32 `[r, 2]`, r <= 4: at run time, only these (start,
+    context_ranges: int32 `[r, 2]`, 1 <= r <= 4: at run time, only these (start,
       stop) tokens of the context are visible, to all queries. Their union
       counts; work grows with it, not with the size of the context. None: the
       mask speaks about the context too.
@@ -179,10 +179,12 @@ def _full_or_checked(mask, queries: int, lengths, ranged: bool) -> BlockMask:
 
 def _disjoint(ranges, size: int):
   """The union of run-time ranges as disjoint ascending ones within `size`."""
-  if ranges.ndim != 2 or ranges.shape[1] != 2 or len(ranges) > MOST_RANGES:
+  few = ranges.ndim == 2 and 1 <= len(ranges) <= MOST_RANGES
+  if not few or ranges.shape[1] != 2:
     raise ValueError(
-      f"`context_ranges` must be int32 [r, 2], r <= {MOST_RANGES}, of (start, "
-      f"stop) tokens; got shape {ranges.shape}. Join neighbouring ranges."
+      f"`context_ranges` must be int32 [r, 2], 1 <= r <= {MOST_RANGES}, of "
+      f"(start, stop) tokens; got shape {ranges.shape}. Join neighbouring "
+      f"ranges; (0, 0) sees nothing."
     )
   if not jnp.issubdtype(ranges.dtype, jnp.integer):
     raise TypeError(

@@ -106,7 +106,7 @@ def picky(monkeypatch):
     ),
     (
       ValueError,
-      "`context_ranges` must be int32 [r, 2], r <= 4, of (start, stop) "
+      "`context_ranges` must be int32 [r, 2], 1 <= r <= 4, of (start, stop) "
       "tokens; got shape (2,).",
       (X, X, X),
       dict(context=(CACHE, CACHE), context_ranges=jnp.array([0, 2])),
@@ -130,8 +130,9 @@ def test_messages(error, message, args, options):
     kernels.attention(*args, **options)
 
 
-def test_five_ranges_are_too_many():
-  ranges = jnp.zeros((5, 2), jnp.int32)
+@pytest.mark.parametrize("number", [0, 5])
+def test_no_range_and_five_ranges_are_refused(number):
+  ranges = jnp.zeros((number, 2), jnp.int32)
   with pytest.raises(ValueError, match="Join neighbouring ranges"):
     kernels.attention(X, X, X, context=(CACHE, CACHE), context_ranges=ranges)
 
