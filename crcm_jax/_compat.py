@@ -1,1 +1,0 @@
-"""The few JAX calls whose spelling depends on the version."""
