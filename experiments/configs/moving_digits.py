@@ -6,12 +6,23 @@ Variants, given as `moving_digits.py:VARIANT`:
 
   (none)        The quickstart. Shipped teachers; the CPU trains the stages
                 `consistency` (TF-sCM) and `self_forcing` (SF-DMD with its
-                critic), then evaluates.
-  from_scratch  The same, and trains the teachers on the CPU first.
-  gpu           The same experiment at a size for one GPU; trains everything.
+                critic), then evaluates. Two CPU cores, 1.6 GiB, about 14
+                minutes of core time, so about 8 minutes.
+  from_scratch  The same, and trains the teachers on the CPU first: an hour
+                more, and much weaker teachers than the shipped ones.
+  gpu           The same experiment with longer stages for one GPU, about ten
+                minutes; trains everything.
   teachers      The two teachers alone, for a GPU; `crcm export` made the
                 shipped weights of them.
-  runlocal      Everything from scratch at a size for tests.
+  runlocal      Everything from scratch in a few steps, for tests.
+
+Result of the quickstart with seed 0, over 256 held-out captions:
+
+                              Frechet distance   digit accuracy
+  real clips                         1.1              98.6 %
+  causal teacher, 50 steps           7.6              84.8 %
+  causal teacher, 2 steps           20.7              46.3 %
+  self_forcing, 2 steps              9.5              83.4 %
 """
 
 from typing import Any
@@ -143,7 +154,7 @@ def _self_forcing(steps, bidirectional, learning_rate=1e-4) -> dict[str, Any]:
     objective=dict(
       name="self_forcing",
       time=dict(name="shifted_uniform", shift=5.0),
-      guidance=3.0,
+      guidance=2.0,
       replay="parallel",
     ),
     optimizer=dict(
@@ -165,7 +176,7 @@ def _quickstart() -> dict[str, Any]:
     stages=("consistency", "self_forcing"),
     **_shared(),
     consistency=_consistency(300, causal),
-    self_forcing=_self_forcing(600, bidirectional),
+    self_forcing=_self_forcing(500, bidirectional),
     evaluation=_evaluation(),
   )
 
@@ -177,7 +188,7 @@ def _from_scratch() -> dict[str, Any]:
     bidirectional=_bidirectional(2000),
     causal=_causal(2000),
     consistency=_consistency(300, "causal"),
-    self_forcing=_self_forcing(600, "bidirectional"),
+    self_forcing=_self_forcing(500, "bidirectional"),
     evaluation=_evaluation(),
   )
 
