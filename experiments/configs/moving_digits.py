@@ -6,12 +6,13 @@ Variants, given as `moving_digits.py:VARIANT`:
 
   (none)        The quickstart. Shipped teachers; the CPU trains the stages
                 `consistency` (TF-sCM) and `self_forcing` (SF-DMD with its
-                critic), then evaluates. Two CPU cores, 1.6 GiB, about 14
-                minutes of core time, so about 8 minutes.
-  from_scratch  The same, and trains the teachers on the CPU first: an hour
-                more, and much weaker teachers than the shipped ones.
-  gpu           The same experiment with longer stages for one GPU, about ten
-                minutes; trains everything.
+                critic), then evaluates. Measured: 14 minutes of core time,
+                1.6 GiB; 19 minutes on two cores busy with other work, which
+                two free ones should halve.
+  from_scratch  The same, and trains the teachers on the CPU first, for far
+                fewer steps than the shipped ones (not timed).
+  gpu           The same experiment with longer stages, all trained, meant to
+                take one GPU about ten minutes (not timed as a whole).
   teachers      The two teachers alone, for a GPU; `crcm export` made the
                 shipped weights of them.
   runlocal      Everything from scratch in a few steps, for tests.
