@@ -44,7 +44,7 @@ quickstart: .venv/run.stamp
 	$(BIN)/crcm train --config $(CONFIG) --workdir $(WORKDIR)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=15
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
