@@ -29,9 +29,10 @@ def classifier_free(
     A velocity function of the same arguments.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> guided = classifier_free(lambda x: 2 * x, lambda x: x, scale=3.0)
-    >>> guided(1.0)
-    4.0
+    >>> guided(jnp.array(1.0))
+    Array(4., dtype=float32, weak_type=True)
   """
   if isinstance(scale, int | float) and scale == 1:
     return conditional
