@@ -4,6 +4,11 @@
 # it says so loudly and passes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# The PATH may hold only pyenv's stand-in for a version that it is not set to.
+if ! "${NEWEST_PYTHON:-python3.12}" -V >/dev/null 2>&1 && command -v pyenv >/dev/null
+then
+  NEWEST_PYTHON=$(ls -d "$(pyenv root)"/versions/3.12*/bin/python3.12 2>/dev/null | tail -n 1)
+fi
 if [ -z "${NEWEST_PYTHON:-}" ] || ! "$NEWEST_PYTHON" -V >/dev/null 2>&1; then
   echo "########################################################" >&2
   echo "## NOT RUN: the newest JAX needs python3.12, not found ##" >&2
