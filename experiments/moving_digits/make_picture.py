@@ -9,6 +9,7 @@ Columns: the causal teacher at 50 and at 2 steps a chunk, then the student at 4,
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,8 @@ def main(workdir: str) -> None:
   rows = training.samplers(experiment, folder)
   texts = data.encode_captions(CAPTIONS)
   nulls = data.encode_captions([data.NULL_CAPTION] * len(CAPTIONS))
-  batch = data.Batch(np.zeros((len(CAPTIONS), 9, 8, 8, 16), "f4"), texts, nulls)
+  like: Any = np.zeros((len(CAPTIONS), 9, 8, 8, 16), np.float32)
+  batch = data.Batch(like, texts, nulls)
   videos = [
     np.asarray(data.video_from_latents(rows[name](jax.random.key(4), batch)))
     for name in COLUMNS
