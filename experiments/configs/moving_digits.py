@@ -99,37 +99,29 @@ def _evaluation() -> dict[str, Any]:
   )
 
 
-def _bidirectional(steps, learning_rate=1e-3) -> dict[str, Any]:
+def _diffusion(objective, steps) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
-      name="bidirectional_diffusion",
+      name=objective,
       time=dict(name="shifted_uniform", shift=3.0),
       weighting="none",
       caption_dropout=0.1,
       loss_scale=1.0,
     ),
     optimizer=dict(
-      learning_rate=learning_rate, b1=0.9, weight_decay=0.01, clip_norm=1.0
+      learning_rate=1e-3, b1=0.9, weight_decay=0.01, clip_norm=1.0
     ),
   )
 
 
-def _causal(steps, learning_rate=1e-3) -> dict[str, Any]:
-  return dict(
-    steps=steps,
-    objective=dict(
-      name="teacher_forcing",
-      time=dict(name="shifted_uniform", shift=3.0),
-      weighting="none",
-      caption_dropout=0.1,
-      loss_scale=1.0,
-    ),
-    optimizer=dict(
-      learning_rate=learning_rate, b1=0.9, weight_decay=0.01, clip_norm=1.0
-    ),
-    init=dict(student="bidirectional"),
-  )
+def _bidirectional(steps) -> dict[str, Any]:
+  return _diffusion("bidirectional_diffusion", steps)
+
+
+def _causal(steps) -> dict[str, Any]:
+  start = dict(init=dict(student="bidirectional"))
+  return _diffusion("teacher_forcing", steps) | start
 
 
 def _consistency(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
