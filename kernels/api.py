@@ -19,9 +19,10 @@ from crcm_jax.kernels import autodiff
 from crcm_jax.kernels._compat import same_varying
 from crcm_jax.kernels.backend import Backend, Operands, Problem
 from crcm_jax.kernels.mask import BlockMask
+from crcm_jax.kernels.triton_backend import Triton
 from crcm_jax.kernels.xla import Xla
 
-BACKENDS: dict[str, Backend] = {"xla": Xla()}
+BACKENDS: dict[str, Backend] = {"triton": Triton(), "xla": Xla()}
 """Backends by name, the preferred first; "xla" supports everything."""
 
 MOST_RANGES = 4
@@ -103,7 +104,7 @@ def attention(
   if ranged:
     flat.append(_disjoint(context_ranges, lengths[0]))
   problem = _with_backend(problem, problem.operands(flat), implementation)
-  flat.extend(problem.backend.tables(problem.mask, lengths[ranged:]))
+  flat.extend(problem.backend.tables(problem, problem.operands(flat)))
   return autodiff.bind(problem, *same_varying(*flat))
 
 

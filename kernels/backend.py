@@ -124,17 +124,11 @@ class Backend(Protocol):
     """Raises NotImplementedError, with the reason, for what it cannot do."""
     ...
 
-  def tables(
-    self, mask: BlockMask, lengths: Sequence[int]
-  ) -> tuple[Array, ...]:
+  def tables(self, problem: Problem, x: Operands) -> tuple[Array, ...]:
     """Returns the mask as int32 arrays, which become operands.
 
     They are operands rather than constants so that the shards of one program
     can hold different rows.
-
-    Args:
-      mask: The mask.
-      lengths: Tokens of each key array it is about.
     """
     ...
 

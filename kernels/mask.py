@@ -244,6 +244,34 @@ class BlockMask:
       parts.append([(a, b) for a, b in cut if a < b])
     return parts
 
+  def transposed(self, lengths: Sequence[int]) -> tuple["BlockMask", ...]:
+    """Returns which queries see each key: a mask over each key array.
+
+    Args:
+      lengths: Tokens of each key array, together `num_keys`.
+
+    Returns:
+      Masks whose rows are runs of keys that the same queries see, and whose
+      keys are those queries.
+    """
+    masks = []
+    for i, length in enumerate(lengths):
+      seen = [(r.queries, self.split(r, lengths)[i]) for r in self.rows]
+      edges = {0, length, *itertools.chain(*(e for _, s in seen for e in s))}
+      rows = [
+        Row(
+          (start, stop),
+          _merge(
+            queries
+            for queries, spans in seen
+            if any(low <= start < high for low, high in spans)
+          ),
+        )
+        for start, stop in itertools.pairwise(sorted(edges))
+      ]
+      masks.append(BlockMask(tuple(rows), self.num_queries))
+    return tuple(masks)
+
   def tile_size(self, block: int) -> int:
     """Returns the most even tile of at most `block` queries for the rows."""
     longest = max(stop - start for (start, stop), _ in self.rows)

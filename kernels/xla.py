@@ -20,7 +20,6 @@ from jaxtyping import Array
 
 from crcm_jax.kernels._compat import vary_like
 from crcm_jax.kernels.backend import Operands, Problem, sum_dtype, Tangents
-from crcm_jax.kernels.mask import BlockMask
 
 _LOWEST = -1e30  # finite: the difference of two such is 0, not NaN
 _MOST_ROWS = 16  # of a mask that is unrolled
@@ -66,10 +65,9 @@ class Xla:
   def supports(self, problem: Problem, x: Operands) -> None:
     """Accepts every call."""
 
-  def tables(
-    self, mask: BlockMask, lengths: Sequence[int]
-  ) -> tuple[Array, ...]:
+  def tables(self, problem: Problem, x: Operands) -> tuple[Array, ...]:
     """Returns nothing for a mask to unroll, else queries and keys of tiles."""
+    mask, lengths = problem.mask, [k.shape[1] for k in x.keys[problem.ranged :]]
     longest = max(stop - start for (start, stop), _ in mask.rows)
     if longest <= self.block_queries and len(mask.rows) <= _MOST_ROWS:
       return ()
