@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-_TABLES = pathlib.Path(__file__).parent / "block_sizes"
+TABLES = pathlib.Path(__file__).parent / "block_sizes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,48 +102,49 @@ def choose(dtype, width: int) -> BlockSizes:
 def guess(dtype, width: int, capability: float = 9.0) -> BlockSizes:
   """Returns sizes that fit registers and shared memory, not measured ones."""
   width = _padded(width)
-  if jnp.dtype(dtype) == jnp.float32:  # no matrix units: exact products
-    small = Walk(block=32, active_block=16, warps=4, stages=1)
-    block = 32 if width <= 128 else 16
-    return BlockSizes(
-      queries=block,
-      keys=block,
-      forward=small,
-      fused=small,
-      query_gradient=small,
-      key_gradient=small,
-    )
-  if capability >= 9 and width <= 128:
+  exact = jnp.dtype(dtype) == jnp.float32
+  if capability >= 9 and width <= 128 and not exact:
     return BlockSizes(
       queries=128,
       keys=128,
-      forward=Walk(block=128),
+      forward=Walk(block=128, stages=3 if capability < 10 else 2),
       fused=Walk(block=64, active_block=32),
       query_gradient=Walk(block=64),
-      key_gradient=Walk(block=64, stages=2),
+      key_gradient=Walk(block=64),
     )
-  queries = 128 if width <= 128 else 64
-  warps = 8 if width > 64 else 4
-  small = Walk(block=32, active_block=16, warps=warps, stages=2)
+  # Registers hold two accumulators [queries, width], shared memory the blocks.
+  if exact:
+    queries = 16 if width > 128 else 64 if capability >= 9 else 32
+    warps = 8 if queries == 64 else 4
+    walk = Walk(block=16, active_block=16, warps=warps, stages=1)
+  else:
+    queries = 128 if width <= 128 else 64
+    walk = Walk(block=32, active_block=16, stages=2 if width <= 128 else 1)
   return BlockSizes(
     queries=queries,
-    keys=64,
-    forward=Walk(block=64 if width <= 128 else 32, warps=warps, stages=2),
-    fused=small,
-    query_gradient=small,
-    key_gradient=small,
+    keys=32 if exact else 64,
+    forward=walk,
+    fused=walk,
+    query_gradient=walk,
+    key_gradient=walk,
   )
 
 
 def table_name(device_kind: str) -> str:
-  """Returns the file name of a device kind's table: "NVIDIA_H100.json"."""
-  words = re.findall(r"NVIDIA|[A-Z]+\d+[A-Za-z]*", device_kind)
-  return "_".join(words) + ".json"
+  """Returns the file name of a device kind's table.
+
+  Example:
+    >>> table_name("NVIDIA H100 80GB HBM3")
+    'NVIDIA_H100.json'
+  """
+  model = re.match(r"NVIDIA [A-Z]+\d+", device_kind)
+  name = model[0] if model else device_kind
+  return re.sub(r"\W+", "_", name) + ".json"
 
 
 @functools.cache
 def _table(device_kind: str) -> dict[str, BlockSizes]:
-  path = _TABLES / table_name(device_kind)
+  path = TABLES / table_name(device_kind)
   if not path.exists():
     return {}
   rows = json.loads(path.read_text())["sizes"]

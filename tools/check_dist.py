@@ -21,6 +21,8 @@ from crcm_jax import kernels, models
 q = jnp.ones((1, 6, 2, 8))
 mask = kernels.BlockMask.block_causal((0, 2, 4, 6))
 assert kernels.attention(q, q, q, mask=mask).shape == q.shape
+from crcm_jax.kernels import block_sizes
+assert (block_sizes.TABLES / "NVIDIA_H100.json").exists(), "no measured tiles"
 assert "site-packages" in crcm_jax.__file__, crcm_jax.__file__
 """
 

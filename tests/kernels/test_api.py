@@ -119,7 +119,7 @@ def picky(monkeypatch):
     ),
     (
       ValueError,
-      "`implementation` must be one of ['xla']; got 'cuda'.",
+      "`implementation` must be one of " + str(sorted(kernels.BACKENDS)),
       (X, X, X),
       dict(implementation="cuda"),
     ),
@@ -162,6 +162,31 @@ def test_a_named_backend_raises_its_reason():
 def test_prefers_the_first_that_supports_the_call():
   eqns = jax.make_jaxpr(kernels.attention)(X, X, X).eqns
   assert [e.params["problem"].backend.name for e in eqns] == ["picky"]
+
+
+def test_a_missing_package_is_named_with_its_cure():
+  """jax-triton cannot be imported without a GPU's JAX."""
+  with pytest.raises(
+    NotImplementedError, match=r"pip install 'crcm_jax\[gpu\]'"
+  ):
+    kernels.attention(X, X, X, implementation="triton")
+
+
+@pytest.mark.parametrize(
+  ("x", "scale", "message"),
+  [
+    (jnp.ones((1, 4, 2, 320)), None, "heads of at most 256; got 320"),
+    (jnp.ones((1, 4, 2, 8), jnp.float8_e4m3fn), None, "got float8_e4m3fn"),
+    (X, -1.0, "positive `scale`; got -1.0"),
+    (jax.ShapeDtypeStruct((1, 2**27, 2, 8), X.dtype), None, "in 32 bits"),
+  ],
+)
+def test_triton_refuses_by_name(x, scale, message):
+  attend = lambda x: kernels.attention(
+    x, x, x, scale=scale, implementation="triton"
+  )
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(attend, x)
 
 
 def test_an_empty_context_is_none():

@@ -151,3 +151,18 @@ def test_tile_table_covers_the_mask(recipe, block, cut):
 def test_messages(build, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     build()
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [
+    BlockMask.noisy_rows((0, 3, 7, 12), window=2, sink=1),
+    BlockMask.teacher_forcing((0, 4, 5, 9)),
+    BlockMask.full(5, 18),
+  ],
+)
+def test_transposed_masks_are_the_transposed_matrix(mask):
+  """Side by side, over any cut of the keys into arrays."""
+  lengths = (mask.num_keys // 3, mask.num_keys - mask.num_keys // 3)
+  parts = [m.dense() for m in mask.transposed(lengths)]
+  np.testing.assert_array_equal(np.concatenate(parts), mask.dense().T)

@@ -12,13 +12,13 @@ import backend_suite
 import jax
 import jax.numpy as jnp
 import pytest
-import triton_launchers
+import triton_interpreter
 
 from crcm_jax import kernels
 
 
 class TestInterpreted(backend_suite.BackendSuite):
-  backend = kernels.Triton(launcher=triton_launchers.interpret)
+  backend = kernels.Triton(launcher=triton_interpreter.interpret)
   half = jnp.float16  # the interpreter multiplies bits of bfloat16 as integers
 
   @pytest.mark.parametrize("seed", range(6))
@@ -45,7 +45,7 @@ def test_keys_split_over_programs(name):
   kinds = ("forward", "fused", "query_gradient", "key_gradient")
   backend = kernels.Triton(
     splits=3,
-    launcher=triton_launchers.interpret,
+    launcher=triton_interpreter.interpret,
     block_sizes=kernels.BlockSizes.from_dict(
       dict(queries=16, keys=16, **dict.fromkeys(kinds, walk))
     ),

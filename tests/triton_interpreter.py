@@ -1,16 +1,12 @@
-"""Two ways to run the Triton backend's launches without a GPU.
+"""Runs the Triton backend's launches without a GPU, by Triton's interpreter.
 
-`interpret` executes the kernels with Triton's interpreter, in numpy;
-TRITON_INTERPRET=1 must be set before triton is first imported. `Compiler`
-compiles them for a GPU that is not there.
+It executes the kernels in numpy. TRITON_INTERPRET=1 must be set before the
+kernels are first imported.
 """
 
-import dataclasses
 import functools
-import inspect
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -82,46 +78,3 @@ def interpret(launch):
     return [b.array for b in outputs]
 
   return jax.pure_callback(run, list(launch.outputs), *launch.arrays)
-
-
-@dataclasses.dataclass
-class Compiler:
-  """A launcher that compiles for a compute capability, such as 90.
-
-  Attributes:
-    capability: Ten times the compute capability.
-    compiled: What Triton made of each launch.
-  """
-
-  capability: int
-  compiled: list = dataclasses.field(default_factory=list)
-
-  def __hash__(self):
-    return id(self)
-
-  def __call__(self, launch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from crcm_jax.kernels import triton_kernels
-
-    kernel = getattr(triton_kernels, launch.kernel)
-    arrays = [*launch.arrays, *launch.outputs]
-    names = list(inspect.signature(kernel.fn).parameters)
-    signature = {
-      name: "*" + _NAMES[jnp.dtype(a.dtype).name]
-      for name, a in zip(names, arrays, strict=False)
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
-    source = ASTSource(
-      kernel,
-      signature | dict.fromkeys(launch.constants, "constexpr"),
-      launch.constants,
-      aligned,
-    )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    target = GPUTarget("cuda", self.capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    self.compiled.append((launch, compiled))
-    return [jnp.zeros(o.shape, o.dtype) for o in launch.outputs]
