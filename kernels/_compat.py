@@ -54,3 +54,9 @@ def vary_like(x, like):
   axes = like if isinstance(like, frozenset) else _varying(like)
   missing = tuple(axes - _varying(x))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def struct_like(shape, dtype, like):
+  """The type of a kernel's output that varies over the mesh axes of `like`."""
+  varying = jax.typeof(like).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
