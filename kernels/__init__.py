@@ -6,4 +6,6 @@ from crcm_jax.kernels.autodiff import save_attention as save_attention
 from crcm_jax.kernels.backend import Backend as Backend
 from crcm_jax.kernels.mask import BlockMask as BlockMask
 from crcm_jax.kernels.mask import Row as Row
+from crcm_jax.kernels.pallas_tpu import PallasTpu as PallasTpu
+from crcm_jax.kernels.pallas_tpu import TpuBlocks as TpuBlocks
 from crcm_jax.kernels.xla import Xla as Xla

@@ -65,8 +65,8 @@ class TpuBlocks:
     dkv_keys: The same.
   """
 
-  queries: int = 1024
-  keys: int = 1024
+  queries: int = 2048
+  keys: int = 512
   dkv_queries: int = 2048
   dkv_keys: int = 512
 

@@ -119,7 +119,7 @@ def picky(monkeypatch):
     ),
     (
       ValueError,
-      "`implementation` must be one of ['xla']; got 'cuda'.",
+      "`implementation` must be one of ['pallas_tpu', 'xla']; got ",
       (X, X, X),
       dict(implementation="cuda"),
     ),
