@@ -157,7 +157,7 @@ def _cut(spans, block: int):
 def _visible(ranges, length: int, block: int):
   """(tile, low, high) for every range and tile; low >= high: not touched."""
   j = jnp.arange(-(-length // block), dtype=jnp.int32)
-  cut = jnp.clip(ranges[:, :, None] - j * block, 0, block)  # [r, 2, j]
+  cut = jnp.clip(ranges[:, :, None] - j[None, None] * block, 0, block)
   every = jnp.broadcast_to(j, cut[:, 0].shape)
   return every.ravel(), cut[:, 0].ravel(), cut[:, 1].ravel()
 
