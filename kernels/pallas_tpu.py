@@ -22,12 +22,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from crcm_jax.kernels import pallas_tpu_kernels as bodies
 from crcm_jax.kernels import pallas_tpu_plan as plan
@@ -254,13 +254,11 @@ class PallasTpu:
       return x.tables[0], x.tables[0].shape[1] - 1
     y = x.keys[0].shape[1]
     size = key_block(self.blocks.keys, y)
-    return plan.ranged_attend_table(
-      x.tables[0], x.ranges, tiles.count, y, size
-    )
+    return plan.ranged_attend_table(x.tables[0], x.ranges, tiles.count, y, size)
 
   def _dkv_steps(self, problem: Problem, x: Operands, pair: int, tiles):
     """The table of `dkv` for a pair, and its number of steps."""
-    if problem.ranged and pair == 0:
+    if x.ranges is not None and pair == 0:
       y = x.keys[0].shape[1]
       size = key_block(self.blocks.dkv_keys, y)
       return plan.ranged_dkv_table(x.ranges, tiles.count, y, size)

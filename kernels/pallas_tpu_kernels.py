@@ -15,8 +15,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from crcm_jax.kernels.pallas_tpu_layout import LANES
 from crcm_jax.kernels.pallas_tpu_plan import HIGH, LOW, OUT, PAIR
@@ -124,7 +124,7 @@ def _probabilities(s, sums: Sums, online: bool):
 
 
 def _score_tangents(queries: Queries, keys: Keys, q):
-  """tq k + q tk without the products of zeros; None if there are none."""
+  """Returns tq k + q tk without products of zeros; None if none is left."""
   ts = []
   if queries.tq is not None:
     ts.append(_dot_nt(queries.tq[...], keys.k))
@@ -285,7 +285,9 @@ def _visit(low, high, block: int, fold):
       fold(pl.ds(start, size), _Seen(low - start, high - start, size))
       return 0
 
-    jax.lax.fori_loop(low // size, (high + size - 1) // size, sub_tile, 0)
+    first = jax.lax.div(low, jnp.int32(size))
+    stop = jax.lax.div(high + (size - 1), jnp.int32(size))
+    jax.lax.fori_loop(first, stop, sub_tile, 0)
 
 
 def _load(ref, at, seen):
@@ -297,7 +299,7 @@ def _load(ref, at, seen):
 
 
 def _add(ref, decay, term):
-  """ref = decay ref + term; no decay is 1, no term is 0."""
+  """Sets ref = decay ref + term; no decay is 1, no term is 0."""
   old = ref[...]
   if decay is not None:
     old = old * _widen(decay, old.shape[1])
@@ -307,7 +309,9 @@ def _add(ref, decay, term):
 def _add_rows(ref, at, seen, term):
   """Adds to the visible rows of a tile alone."""
   new = ref[at, :] + term
-  ref[at, :] = new if seen is None else jnp.where(seen.along(0), new, ref[at, :])
+  ref[at, :] = (
+    new if seen is None else jnp.where(seen.along(0), new, ref[at, :])
+  )
 
 
 def _column(row):
@@ -327,12 +331,12 @@ def _lane_sums(x):
 
 
 def _dot(a, b):
-  """a b, accumulated in float32; float32 operands are multiplied in full."""
+  """Multiplies, summing in float32; float32 operands in full precision."""
   return _product(a, b, ((1,), (0,)))
 
 
 def _dot_nt(a, b):
-  """a b^T."""
+  """Multiplies by the transpose of `b`."""
   return _product(a, b, ((1,), (1,)))
 
 

@@ -14,8 +14,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from crcm_jax.kernels._compat import struct_like
@@ -68,7 +68,9 @@ class QueryTiles:
     most = min(block, round_up(max(rows), multiple))
     least = min(most, round_up(most // 2, multiple))
     sizes = range(most, least - 1, -multiple)
-    return cls(rows, min(sizes, key=lambda n: sum(round_up(r, n) for r in rows)))
+    return cls(
+      rows, min(sizes, key=lambda n: sum(round_up(r, n) for r in rows))
+    )
 
   @property
   def counts(self) -> list[int]:
@@ -102,11 +104,12 @@ class QueryTiles:
     for (before, after), group in itertools.groupby(zip(old, new, strict=True)):
       length = before * len(list(group))
       part = x[:, at : at + length].reshape(b, -1, before, w)
-      part = jnp.pad(part, ((0, 0), (0, 0), (0, max(after - before, 0)), (0, 0)))
+      part = jnp.pad(
+        part, ((0, 0), (0, 0), (0, max(after - before, 0)), (0, 0))
+      )
       parts.append(part[:, :, :after].reshape(b, -1, w))
       at += length
     return jnp.concatenate(parts, 1)
-
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ ranges by the program itself.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 import numpy as np
+from jaxtyping import Array, Int
 
 from crcm_jax.kernels.mask import BlockMask
 from crcm_jax.kernels.pallas_tpu_layout import QueryTiles
@@ -113,7 +113,7 @@ def ranged_attend_table(
   j, low, high = (jnp.tile(a, tiles) for a in (j, low, high))
   last = jnp.where(low < high, j, 0).max()
   context = [tile, 0 * tile, low, high, j]
-  mine = [*own[: READ], jnp.broadcast_to(last, own[OUT].shape)]
+  mine = [*own[:READ], jnp.broadcast_to(last, own[OUT].shape)]
   if len(own) > READ:  # there are own keys
     mine[PAIR] = mine[PAIR] + 1
     context.append(own[READ][jnp.searchsorted(own[OUT], tile)])

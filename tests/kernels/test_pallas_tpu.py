@@ -9,18 +9,22 @@ import dataclasses
 import functools
 
 import backend_suite
-from backend_suite import arrays, call, Case, CASES, close, expected
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
-from jax.sharding import PartitionSpec as P
+import launches
 import numpy as np
 import pytest
+from backend_suite import arrays, call, Case, CASES, close, expected
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from crcm_jax import kernels
+from crcm_jax.kernels import api
+from crcm_jax.kernels import pallas_tpu_plan as plan
 from crcm_jax.kernels.backend import Problem, Tangents
 from crcm_jax.kernels.pallas_tpu import PallasTpu, TpuBlocks
+from crcm_jax.kernels.pallas_tpu_layout import QueryTiles
 
 SMALL = TpuBlocks(queries=128, keys=256, dkv_queries=128, dkv_keys=128)
 PLAIN = PallasTpu(interpret=True)
@@ -48,6 +52,13 @@ class Suite(backend_suite.BackendSuite):
     x = [a.astype(np.float64) for a in arrays(CASES["noisy"])]
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="64"):
       call(CASES["noisy"], self.backend, *x)
+
+  # JAX cannot interpret a kernel under `check_vma`: `test_shard_map_lowers`.
+  test_shard_map_of_replicated_context = None
+
+  @pytest.mark.parametrize("name", ["noisy", "cached"])
+  def test_shard_map(self, name):
+    super().test_shard_map(name, False)
 
 
 @pytest.mark.slow
@@ -91,7 +102,11 @@ def check_passes(case, backend):
   x, t = (list(map(jnp.asarray, arrays(case, i))) for i in range(2))
   do = jnp.asarray(arrays(case, 2)[0])
   live = [i for i in range(5) if x[i].shape[1]]
-  order = [0, *(i for i in (3, 4) if i in live), *(i for i in (1, 2) if i in live)]
+  order = [
+    0,
+    *(i for i in (3, 4) if i in live),
+    *(i for i in (1, 2) if i in live),
+  ]
   lengths = [x[i].shape[1] for i in order[1::2]]
   ranged = bool(case.ranges)
   mask = case.mask or kernels.BlockMask.full(case.s, sum(lengths[ranged:]))
@@ -100,7 +115,7 @@ def check_passes(case, backend):
   )
   flat = [x[i] for i in order]
   if ranged:
-    flat.append(jnp.array(sorted(case.ranges), jnp.int32))
+    flat.append(api._disjoint(jnp.array(case.ranges, jnp.int32), case.y))
   flat.extend(backend.tables(mask, lengths[ranged:]))
   moved = [t[i] for i in order]
 
@@ -127,7 +142,9 @@ def check_passes(case, backend):
 @pytest.mark.parametrize(
   "name",
   [
-    name if name in ("noisy", "blind") else pytest.param(name, marks=pytest.mark.slow)
+    name
+    if name in ("noisy", "blind")
+    else pytest.param(name, marks=pytest.mark.slow)
     for name in CASES
   ],
 )
@@ -140,3 +157,99 @@ def test_memory_and_races(name):
 @pytest.mark.parametrize("name", TILED)
 def test_memory_and_races_of_many_tiles(name):
   check_passes(TILED[name], CHECKED)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["noisy", "cached"])
+def test_shard_map_lowers(name, check_vma):
+  """Shards lower for TPUs; gradients of a shared context are summed."""
+  case = CASES[name]
+  mesh = Mesh(np.array(jax.devices()[:1]), ("x",), (AxisType.Auto,))
+  attend = jax.shard_map(
+    lambda *x: call(case, PallasTpu(), *x),
+    mesh=mesh,
+    in_specs=(P("x"), P("x"), P("x"), P(), P()),
+    out_specs=P("x"),
+    check_vma=check_vma,
+  )
+
+  @jax.jit
+  def run(x, t):
+    gradient = jax.grad(lambda *x: (attend(*x) ** 2).sum(), range(5))
+    return jax.jvp(attend, x, t), gradient(*x)
+
+  x, t = (tuple(map(jnp.asarray, arrays(case, i))) for i in range(2))
+  traced = run.trace(x, t)
+  kernels_run = {"fused": 1, "forward": 1, "dq": 1, "dkv": 2}
+  assert launches.lowered(traced, "tpu") == kernels_run
+  sums = launches.count(traced)["psum_invariant"]
+  assert sums == (2 if check_vma else 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_widths_lower(width, dtype):
+  """Every width and dtype passes the checks that Mosaic makes of a kernel."""
+  shape = jax.ShapeDtypeStruct((1, 100, 3, width), dtype)
+  mask = kernels.BlockMask.block_causal((0, 30, 100))
+  attend = functools.partial(
+    kernels.attention, mask=mask, implementation="pallas_tpu"
+  )
+  loss = lambda *x: attend(*x).astype(jnp.float32).sum()
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape)
+  kernels_run = {"forward": 1, "dq": 1, "dkv": 1}
+  assert launches.lowered(traced, "tpu") == kernels_run
+
+
+@pytest.mark.parametrize(
+  ("dtype", "width", "message"),
+  [
+    ("float16", 64, "it computes in bfloat16 or float32, not in float16"),
+    ("float32", 320, "its heads have at most 256 channels, not 320"),
+  ],
+)
+def test_refusals(dtype, width, message):
+  x = jnp.zeros((1, 4, 1, width), dtype)
+  with pytest.raises(NotImplementedError, match=message):
+    kernels.attention(x, x, x, implementation="pallas_tpu")
+
+
+def test_blocks_are_whole_registers():
+  with pytest.raises(ValueError, match="`keys` must be a positive multiple of"):
+    TpuBlocks(keys=200)
+
+
+def test_a_mesh_of_tpus_selects_the_kernels():
+  """Ahead-of-time compilation on a host without TPUs needs no argument."""
+  x = jnp.zeros((1, 4, 1, 8))
+  tpu = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=tpu)
+  with jax.sharding.use_abstract_mesh(mesh):
+    (eqn,) = jax.make_jaxpr(kernels.attention)(x, x, x).eqns
+  assert eqn.params["problem"].backend == PallasTpu()
+  (eqn,) = jax.make_jaxpr(kernels.attention)(x, x, x).eqns
+  assert eqn.params["problem"].backend == kernels.Xla()
+
+
+def test_a_short_prefix_is_few_steps():
+  """Steps grow with the visible part of the context, not with its size."""
+  mask, tiles = kernels.BlockMask.full(100, 100), QueryTiles((100,), 112)
+  own = jnp.asarray(plan.attend_table(mask, (100,), tiles, (128,)))
+  plan_steps = jax.jit(
+    lambda ranges: plan.ranged_attend_table(own, ranges, 1, 8192, 512)[1]
+  )
+  steps = lambda *ranges: plan_steps(jnp.array(ranges, jnp.int32))
+  assert steps((0, 0), (0, 0)) == 1
+  assert steps((0, 512), (512, 512)) == 2
+  assert steps((0, 8192), (8192, 8192)) == 17
+  assert steps((0, 600), (7000, 7001)) == 4
+
+
+def test_padding_is_little():
+  """A frame of 1,560 tokens is one tile of 1,568 queries."""
+  mask = kernels.BlockMask.block_causal(tuple(range(0, 7801, 1560)))
+  tiles = QueryTiles.of(mask, TpuBlocks().queries, 16)
+  assert (tiles.size, tiles.count) == (1568, 5)
+  x = jnp.arange(7800.0).reshape(1, 7800, 1)
+  assert tiles.pad(x).shape == (1, 5 * 1568, 1)
+  assert (tiles.unpad(tiles.pad(x)) == x).all()
