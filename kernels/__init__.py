@@ -8,5 +8,7 @@ from crcm_jax.kernels.block_sizes import BlockSizes as BlockSizes
 from crcm_jax.kernels.block_sizes import Walk as Walk
 from crcm_jax.kernels.mask import BlockMask as BlockMask
 from crcm_jax.kernels.mask import Row as Row
+from crcm_jax.kernels.pallas_tpu import PallasTpu as PallasTpu
+from crcm_jax.kernels.pallas_tpu import TpuBlocks as TpuBlocks
 from crcm_jax.kernels.triton_backend import Triton as Triton
 from crcm_jax.kernels.xla import Xla as Xla

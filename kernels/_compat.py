@@ -54,3 +54,19 @@ def vary_like(x, like):
   axes = like if isinstance(like, frozenset) else _varying(like)
   missing = tuple(axes - _varying(x))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def target_platform() -> str:
+  """Where the program being traced will run: "cpu", "gpu" or "tpu".
+
+  A mesh in context decides, so that programs can be compiled ahead of time for
+  devices that are not there; without one, JAX's default backend.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return getattr(device, "platform", None) or jax.default_backend()
+
+
+def struct_like(shape, dtype, like):
+  """The type of a kernel's output that varies over the mesh axes of `like`."""
+  varying = jax.typeof(like).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)

@@ -16,13 +16,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crcm_jax.kernels import autodiff
-from crcm_jax.kernels._compat import same_varying
+from crcm_jax.kernels._compat import same_varying, target_platform
 from crcm_jax.kernels.backend import Backend, Operands, Problem
 from crcm_jax.kernels.mask import BlockMask
+from crcm_jax.kernels.pallas_tpu import PallasTpu
 from crcm_jax.kernels.triton_backend import Triton
 from crcm_jax.kernels.xla import Xla
 
-BACKENDS: dict[str, Backend] = {"triton": Triton(), "xla": Xla()}
+BACKENDS: dict[str, Backend] = {
+  "triton": Triton(),
+  "pallas_tpu": PallasTpu(),
+  "xla": Xla(),
+}
 """Backends by name, the preferred first; "xla" supports everything."""
 
 MOST_RANGES = 4
@@ -64,8 +69,10 @@ def attention(
     mask: Which keys each query sees: over `[context | own]`, or with
       `context_ranges` over the own keys alone. None: all.
     scale: Factor on the scores; None is `d**-0.5`.
-    implementation: "xla", or a backend object such as `kernels.Xla(...)`. None:
-      the best that supports the call.
+    implementation: "triton" (NVIDIA), "pallas_tpu", "xla", or a backend object
+      such as `kernels.Xla(...)`. None: the best that supports the call on the
+      devices of the mesh in context (`jax.set_mesh`), or else on JAX's default
+      ones.
 
   Returns:
     The output, in the dtype of `q`; 0 for a query that sees nothing.
@@ -213,8 +220,9 @@ def _with_backend(problem: Problem, x: Operands, implementation) -> Problem:
     problem = dataclasses.replace(problem, backend=implementation)
     implementation.supports(problem, x)
     return problem
+  platform = target_platform()
   for backend in BACKENDS.values():
-    if jax.default_backend() not in backend.platforms:
+    if platform not in backend.platforms:
       continue
     candidate = dataclasses.replace(problem, backend=backend)
     try:

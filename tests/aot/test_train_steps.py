@@ -5,6 +5,7 @@ not lower, fails here. Only one process may use it at a time.
 """
 
 import jax
+import launches
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -53,16 +54,20 @@ def stages():
   return read_experiment(config).stages
 
 
+GRADIENT = {"forward", "dq", "dkv"}
+
+
 @pytest.mark.parametrize(
-  ("name", "topology"),
+  ("name", "topology", "kernels"),
   [
-    ("consistency", "v5e:2x2"),
-    ("consistency", "v6e:2x2"),
-    ("self_forcing", "v5p:2x2x1"),
+    ("consistency", "v5e:2x2", GRADIENT | {"fused"}),
+    ("consistency", "v6e:2x2", GRADIENT | {"fused"}),
+    ("self_forcing", "v5p:2x2x1", GRADIENT),
   ],
 )
-def test_a_student_step_compiles(stages, name, topology):
+def test_a_student_step_compiles(stages, name, topology, kernels):
   compiled = compile_step(stages[name], "student", one_chip(topology))
+  assert launches.compiled(compiled) == kernels
   assert compiled.cost_analysis()["flops"] > 1e9
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes > 0  # the state is updated in place
