@@ -89,9 +89,9 @@ MEAN_FLOW = dict(
 
 ODE_REGRESSION = dict(
   steps=2,
-  objective=dict(name="ode_regression", forcing="diffusion"),
+  objective=dict(name="bidirectional_ode_regression"),
   optimizer=dict(learning_rate=1e-3),
-  init=dict(student="diffusion", teacher="diffusion"),
+  init=dict(student="diffusion", real="diffusion"),
   sampling=dict(ode_steps=8),
 )
 

@@ -112,8 +112,8 @@ def continuous_consistency_loss(
       `h^2 / 6` times the third derivative along the ODE, so of second order,
       and asks for v at times up to h outside [0, 1]. Wan's features turn by
       1000 t: the bias is then up to (1000 h)^2 / 6 of their derivative, 0.2 %
-      at the default step. Rounding adds about `eps |v| / h`, which is small
-      in float32 and drowns the tangent of a bfloat16 network.
+      at the default step. Rounding adds about `eps |v| / h`: little in
+      float32, several percent of the tangent of a bfloat16 network.
     frame_weight: weight of each frame; one with 0 is removed from g, and has
       no tangent.
 

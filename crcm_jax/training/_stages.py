@@ -85,6 +85,9 @@ KINDS = {
   "ode_regression": Kind(
     objectives.OdeRegression, frozen=("teacher",), few_step=True
   ),
+  "bidirectional_ode_regression": Kind(
+    objectives.BidirectionalOdeRegression, frozen=("real",), few_step=True
+  ),
   "self_forcing": Kind(
     objectives.SelfForcing, frozen=("real",), few_step=True, critic=True
   ),

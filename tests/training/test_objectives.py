@@ -41,9 +41,9 @@ KINDS = {
     objectives.OdeRegression,
     {"mid_times": MID_TIMES, "ode_steps": 6},
   ),
-  "ode_regression_diffusion": (
-    objectives.OdeRegression,
-    {"mid_times": MID_TIMES, "ode_steps": 6, "forcing": "diffusion"},
+  "bidirectional_ode_regression": (
+    objectives.BidirectionalOdeRegression,
+    {"mid_times": MID_TIMES, "ode_steps": 6},
   ),
   "self_forcing": (
     objectives.SelfForcing,
@@ -236,7 +236,6 @@ def test_joint_waits_for_its_parts():
     ("self_forcing", {"replay": "twice"}, "`replay` must be.*got 'twice'"),
     ("self_forcing", {"mid_times": ((0.5, 0.7),)}, "must decrease"),
     ("mean_flow", {"same_share": 0.9}, r"add up to at most 1; got \(0.9, 0.25"),
-    ("ode_regression", {"forcing": "self"}, "`forcing` must be.*got 'self'"),
     ("ode_regression", {"mid_times": ((1.0,),)}, "`mid_times` must decrease"),
     ("critic", {"mid_times": ((), (0.5,))}, r"longer .* got \[1, 2\]"),
   ],

@@ -15,7 +15,7 @@ References:
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,42 +45,29 @@ class OdeRegressionDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OdeRegression:
-  """Regression of a causal student onto the ends of its teacher's ODE.
+class _Regression:
+  """What both regressions share.
 
   Attributes:
     student: the network to train.
-    teacher: the teacher's network; `frozen["teacher"]` its parameters.
     pattern: how frames form chunks.
-    forcing: "teacher" follows the causal teacher's ODE given the true past,
-      which the student sees too; "diffusion" follows a bidirectional
-      teacher's ODE of the whole video, and the student sees the past as noisy
-      as the trajectory is there (CausVid).
     mid_times: for each chunk, the student's times between the first and 0; the
       last one serves all further chunks.
     ode_steps: steps of the teacher's ODE.
     ode_shift: shift of its times.
     guidance: scale of the teacher's classifier-free guidance.
-    context_times: times of the student's context, as for `TeacherForcing`.
     loss_scale: factor of the loss.
   """
 
   student: Any
-  teacher: Any
   pattern: ChunkPattern
-  forcing: Literal["teacher", "diffusion"] = "teacher"
   mid_times: tuple[tuple[float, ...], ...] = ((15 / 16, 5 / 6, 5 / 8),)
   ode_steps: int = 50
   ode_shift: float = 3.0
   guidance: float = 3.0
-  context_times: tuple[float, ...] = (0.0,)
   loss_scale: float = 1.0
 
   def __post_init__(self):
-    if self.forcing not in ("teacher", "diffusion"):
-      raise ValueError(
-        f'`forcing` must be "teacher" or "diffusion"; got {self.forcing!r}.'
-      )
     self._times()  # Refuses what makes no sense.
 
   def draws(
@@ -94,7 +81,7 @@ class OdeRegression:
     return OdeRegressionDraws(
       u=jax.random.uniform(u_key, (x_0.shape[0], chunks)),
       noise=_inputs.noise_like(noise_key, x_0),
-      context_noise=_inputs.context_noise(context_key, x_0, self.context_times),
+      context_noise=self._context_noise(context_key, x_0),
     )
 
   def loss(
@@ -108,7 +95,7 @@ class OdeRegression:
     """Returns the regression loss of each example."""
     del counters
     inputs = _inputs.prepare(batch)
-    teacher = self._teacher(frozen["teacher"], inputs)
+    teacher = self._teacher(frozen, inputs)
     pairs = sampling.ode_pairs(
       lambda x, t: teacher(x, _inputs.per_frame(t, x)),
       draws.noise,
@@ -119,35 +106,26 @@ class OdeRegression:
     place = self._places(draws.u, inputs.x_0.shape[1])
     b, f = (jnp.arange(n) for n in place.shape)
     loss, metrics = losses.regression_loss(
-      self._student(inputs, draws.context_noise),
+      self._student(inputs, draws),
       trainable,
       pairs.x_t[place, b[:, None], f[None]],
-      jnp.where(jnp.isnan(inputs.x_0), jnp.nan, pairs.x_0),
+      jnp.where(jnp.isnan(inputs.x_0), jnp.nan, pairs.x_0),  # bad data
       pairs.t[place],
     )
     return self.loss_scale * loss, metrics
 
-  def _teacher(self, params: Params, inputs: _inputs.Inputs) -> Velocity:
-    if self.forcing == "teacher":
-      return _networks.causal_teacher(
-        self.teacher, params, inputs, self.pattern, self.guidance
-      )
-    return _networks.bidirectional_teacher(
-      self.teacher, params, inputs, self.guidance
-    )
+  def _context_noise(self, key: PRNGKeyArray, x_0: Array) -> Array | None:
+    del key, x_0
+
+  def _teacher(
+    self, frozen: dict[str, Params], inputs: _inputs.Inputs
+  ) -> Velocity:
+    raise NotImplementedError
 
   def _student(
-    self, inputs: _inputs.Inputs, context_noise: Array | None
+    self, inputs: _inputs.Inputs, draws: OdeRegressionDraws
   ) -> ParametricVelocity:
-    condition = inputs.condition
-    if self.forcing == "diffusion":
-      return _networks.block_causal(self.student, condition, self.pattern)
-    context = _inputs.noisy_history(
-      inputs.history, context_noise, self.context_times, self.pattern
-    )
-    return _networks.teacher_forcing(
-      self.student, condition, self.pattern, *context
-    )
+    raise NotImplementedError
 
   def _times(self) -> np.ndarray:
     """Returns the first time, all chunks' times between, and 0."""
@@ -167,3 +145,58 @@ class OdeRegression:
     row = np.minimum(chunk, len(own) - 1)  # the last one serves all further
     drawn = (u[:, chunk] * counts[row]).astype(jnp.int32)
     return table[row, drawn]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OdeRegression(_Regression):
+  """Regression onto the causal teacher's ODE, given the true past.
+
+  The student sees the true past too, as in teacher forcing.
+
+  Attributes:
+    teacher: the causal teacher's network; `frozen["teacher"]` its parameters.
+    context_times: times of the student's context, as for `TeacherForcing`.
+  """
+
+  teacher: Any
+  context_times: tuple[float, ...] = (0.0,)
+
+  def _context_noise(self, key, x_0):
+    return _inputs.context_noise(key, x_0, self.context_times)
+
+  def _teacher(self, frozen, inputs):
+    return _networks.causal_teacher(
+      self.teacher, frozen["teacher"], inputs, self.pattern, self.guidance
+    )
+
+  def _student(self, inputs, draws):
+    context = _inputs.noisy_history(
+      inputs.history, draws.context_noise, self.context_times, self.pattern
+    )
+    return _networks.teacher_forcing(
+      self.student, inputs.condition, self.pattern, *context
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BidirectionalOdeRegression(_Regression):
+  """Regression onto a bidirectional teacher's ODE of the whole video.
+
+  The student sees the past as noisy as its trajectory is there, as in
+  diffusion forcing: the initialisation of CausVid. Of the data it takes the
+  captions alone.
+
+  Attributes:
+    real: the bidirectional teacher; `frozen["real"]` its parameters.
+  """
+
+  real: Any
+
+  def _teacher(self, frozen, inputs):
+    return _networks.bidirectional_teacher(
+      self.real, frozen["real"], inputs, self.guidance
+    )
+
+  def _student(self, inputs, draws):
+    del draws
+    return _networks.block_causal(self.student, inputs.condition, self.pattern)
