@@ -2,8 +2,10 @@
 
 import functools
 
+import derivative_matrix as matrix
 import jax
 import jax.numpy as jnp
+import launches
 import numpy as np
 import pytest
 import toy_losses as toy
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from quick_jit import quick_jit
 
+from crcm_jax import losses
 from crcm_jax.losses import _tangents
 
 CONTINUOUS = ["continuous", "mean_flow", "trigflow_continuous"]
@@ -92,6 +95,25 @@ def test_losses_reach_the_jvp_as_the_step_falls(name):
   np.testing.assert_allclose(slope, 2, atol=0.05)
 
 
+PASSES = {  # of the attention of two layers and two streams
+  "shared": matrix.promised("shared", "scan"),
+  "separate": matrix.promised("separate", "scan"),
+  "finite_difference": {"fwd": 3 * 4, "bwd": 4},
+}
+
+
+@pytest.mark.parametrize("tangent_pass", PASSES)
+def test_losses_launch_what_the_published_matrix_says(tangent_pass):
+  """Looking for an error that has a cure runs nothing."""
+  clean, (params, noise, t, *_) = matrix.inputs()
+  velocity = lambda p, x, t: matrix.network(matrix.ours, p, clean, x, t)
+  loss = lambda p: losses.continuous_consistency_loss(
+    velocity, p, lambda x, t: x, clean, noise, t, tangent_pass=tangent_pass
+  )[0].sum()
+  traced = jax.jit(jax.grad(loss)).trace(params)
+  assert launches.attention(traced) == PASSES[tangent_pass]
+
+
 # --- Networks whose "attention" JAX cannot differentiate as asked ---
 
 
@@ -140,12 +162,17 @@ def sharded(f):
   return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P())
 
 
+def _stacked(params):
+  return jax.tree.map(lambda a: jnp.stack([a, a]), params)
+
+
 TRANSFORMS = {
   "eager": lambda f: f,
   "jit": quick_jit,
   "grad": jax.grad,
   "jit(grad)": lambda f: quick_jit(jax.grad(f)),
   "eval_shape": lambda f: functools.partial(jax.eval_shape, jax.grad(f)),
+  "vmap": lambda f: lambda p: quick_jit(jax.vmap(jax.grad(f)))(_stacked(p)),
   "shard_map": lambda f: quick_jit(sharded(jax.grad(f))),
 }
 

@@ -218,6 +218,17 @@ def test_jumps_need_a_network_that_is_told_their_end():
     read(sampling=dict(solver="mean_flow"))
 
 
+def test_a_student_that_jumps_is_rolled_out_so():
+  stage = read(
+    stages=("diffusion", "matching"),
+    diffusion=tiny.DIFFUSION | dict(network=dict(end_time=True)),
+    matching=tiny.SELF_FORCING
+    | dict(network=dict(end_time=True), sampling=dict(solver="mean_flow")),
+  ).stages["matching"]
+  assert all(o.solver == "mean_flow" for o in stage.objectives.values())
+  _eval_step(stage)
+
+
 def test_a_network_gets_its_second_time_when_handed_over(trained):
   jumps = read(stages=("diffusion", "jumps"), jumps=tiny.MEAN_FLOW).stages
   before = Checkpoints(trained / "diffusion").read(4).state["ema"]
