@@ -238,6 +238,18 @@ def test_attention_that_allows_everything_works(transform):
   run(jnp.tanh, TRANSFORMS[transform])
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_custom_vjp_whose_tangent_is_stopped_works_apart(scan):
+  """Its tangent is dead code; only a gradient through the jvp meets it."""
+  attend = lambda h: jnp.tanh(h) + jax.lax.stop_gradient(no_forward_mode(h))
+  apart = functools.partial(run, attend, scan=scan, tangent_pass="separate")
+  for transform in ("jit", "jit(grad)", "eval_shape"):
+    apart(TRANSFORMS[transform])
+  run(attend, TRANSFORMS["jit"], scan=scan)
+  with pytest.raises(NotImplementedError, match=r'Use `tangent_pass="separate'):
+    run(attend, TRANSFORMS["jit(grad)"], scan=scan)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_an_error_of_the_network_itself_stays_what_it_is(jit):
   def broken(x):
