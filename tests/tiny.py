@@ -67,6 +67,35 @@ SELF_FORCING = dict(
 )
 
 
+JOINT = SELF_FORCING | dict(
+  objective=dict(
+    name="joint",
+    parts=("continuous_consistency", "self_forcing"),
+    continuous_consistency=dict(tangent_warmup=2),
+    self_forcing=dict(start=2, guidance=2.0),
+  ),
+  alternation=dict(student_every=3, warmup=2),
+  init=dict(student="diffusion", teacher="diffusion", real="diffusion"),
+)
+
+MEAN_FLOW = dict(
+  steps=2,
+  network=dict(end_time=True),
+  objective=dict(name="mean_flow", tangent_warmup=0),
+  optimizer=dict(learning_rate=1e-3),
+  init=dict(student="diffusion", teacher="diffusion"),
+  sampling=dict(solver="mean_flow"),
+)
+
+ODE_REGRESSION = dict(
+  steps=2,
+  objective=dict(name="bidirectional_ode_regression"),
+  optimizer=dict(learning_rate=1e-3),
+  init=dict(student="diffusion", real="diffusion"),
+  sampling=dict(ode_steps=8),
+)
+
+
 @contextlib.contextmanager
 def compile_fast():
   """Skips XLA's optimisations, for programs that run a few steps only."""

@@ -23,4 +23,5 @@ if [ ! -e "$home/done" ] || [ setup.cfg -nt "$home/done" ]; then
 fi
 "$home/bin/python" -c 'import jax; print("newest JAX:", jax.__version__)'
 "$home/bin/python" -m pytest -q -n 2 \
-  tests/kernels/test_derivatives.py tests/losses/test_golden_losses.py
+  tests/kernels/test_derivatives.py tests/losses/test_tangents.py \
+  tests/losses/test_golden_losses.py

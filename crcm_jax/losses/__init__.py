@@ -14,6 +14,10 @@ from crcm_jax.losses._continuous_consistency import (
   mean_flow_loss as mean_flow_loss,
 )
 from crcm_jax.losses._continuous_consistency import (
+  TANGENT_STEP as TANGENT_STEP,
+)
+from crcm_jax.losses._continuous_consistency import TangentPass as TangentPass
+from crcm_jax.losses._continuous_consistency import (
   trigflow_continuous_consistency_loss as trigflow_continuous_consistency_loss,
 )
 from crcm_jax.losses._discrete_consistency import (

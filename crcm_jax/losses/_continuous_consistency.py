@@ -10,7 +10,8 @@ and the losses move v by the normalised g, gradient stopped:
     loss = || v - sg(v) - g / (||g|| + c) ||^2,   gradient -2 g/(||g|| + c) dv.
 
 One `jax.jvp` gives v, whose gradient is kept, and dv/dt, whose gradient is
-stopped (`tangent_pass="shared"`). MeanFlow is the two-time form, TrigFlow the
+stopped (`tangent_pass="shared"`); networks without such derivatives have
+"separate" and "finite_difference". MeanFlow is the two-time form, TrigFlow the
 form in the angle.
 
 References:
@@ -39,7 +40,7 @@ from crcm_jax._typing import (
   Params,
   Velocity,
 )
-from crcm_jax.losses import _examples
+from crcm_jax.losses import _examples, _tangents
 
 
 class ContinuousConsistencyMetrics(NamedTuple):
@@ -61,7 +62,11 @@ class ContinuousConsistencyMetrics(NamedTuple):
   student_non_finite: Int[Array, "b"]
 
 
-TangentPass = Literal["shared", "separate"]
+TangentPass = Literal["shared", "separate", "finite_difference"]
+"""How the tangent is computed; see `continuous_consistency_loss`."""
+
+TANGENT_STEP = 1e-4
+"""Default step of "finite_difference", in units of time."""
 
 
 def continuous_consistency_loss(
@@ -75,6 +80,7 @@ def continuous_consistency_loss(
   tangent_weight: float | Float[Array, ""] = 1.0,
   normaliser_eps: float = 0.1,
   tangent_pass: TangentPass = "shared",
+  tangent_step: float = TANGENT_STEP,
   frame_weight: Float[Array, "b *frames"] | None = None,
 ) -> tuple[Float[Array, "b"], ContinuousConsistencyMetrics]:
   """Drives the student to be constant along the teacher's ODE (sCM).
@@ -98,7 +104,16 @@ def continuous_consistency_loss(
     normaliser_eps: the constant c beside the norm of g.
     tangent_pass: "shared" takes v and its tangent from one pass; "separate"
       runs the tangent apart on stopped parameters, for networks whose
-      attention allows no gradient through a jvp.
+      attention allows no gradient through a jvp; "finite_difference" takes
+      two more forward passes instead of a jvp, for networks whose attention
+      has no forward mode (a `jax.custom_vjp`).
+    tangent_step: h of "finite_difference", the central difference
+      `(v(x_t + h v_T, t + h) - v(x_t - h v_T, t - h)) / 2h`. It is biased by
+      `h^2 / 6` times the third derivative along the ODE, so of second order,
+      and asks for v at times up to h outside [0, 1]. Wan's features turn by
+      1000 t: the bias is then up to (1000 h)^2 / 6 of their derivative, 0.2 %
+      at the default step. Rounding adds about `eps |v| / h`: little in
+      float32, several percent of the tangent of a bfloat16 network.
     frame_weight: weight of each frame; one with 0 is removed from g, and has
       no tangent.
 
@@ -129,6 +144,7 @@ def continuous_consistency_loss(
     tangent_weight=tangent_weight,
     normaliser_eps=normaliser_eps,
     tangent_pass=tangent_pass,
+    tangent_step=tangent_step,
     frame_weight=frame_weight,
   )
 
@@ -145,6 +161,7 @@ def mean_flow_loss(
   tangent_weight: float | Float[Array, ""] = 1.0,
   normaliser_eps: float = 0.1,
   tangent_pass: TangentPass = "shared",
+  tangent_step: float = TANGENT_STEP,
   frame_weight: Float[Array, "b *frames"] | None = None,
 ) -> tuple[Float[Array, "b"], ContinuousConsistencyMetrics]:
   """Learns the mean velocity from a time to an earlier one (MeanFlow).
@@ -169,6 +186,7 @@ def mean_flow_loss(
     tangent_weight: weight of the tangent term.
     normaliser_eps: the constant c beside the norm of g.
     tangent_pass: see `continuous_consistency_loss`.
+    tangent_step: likewise.
     frame_weight: weight of each frame; 0 removes it, its tangent too.
 
   Returns:
@@ -198,6 +216,7 @@ def mean_flow_loss(
     tangent_weight=tangent_weight,
     normaliser_eps=normaliser_eps,
     tangent_pass=tangent_pass,
+    tangent_step=tangent_step,
     frame_weight=frame_weight,
   )
 
@@ -213,6 +232,7 @@ def trigflow_continuous_consistency_loss(
   tangent_weight: float | Float[Array, ""] = 1.0,
   normaliser_eps: float = 0.1,
   tangent_pass: TangentPass = "shared",
+  tangent_step: float = TANGENT_STEP,
   frame_weight: Float[Array, "b *frames"] | None = None,
 ) -> tuple[Float[Array, "b"], ContinuousConsistencyMetrics]:
   """The continuous-time consistency loss of bidirectional rCM, in the angle.
@@ -237,6 +257,7 @@ def trigflow_continuous_consistency_loss(
     tangent_weight: r above, warmed up from 0 to 1.
     normaliser_eps: the constant beside the norm of g.
     tangent_pass: see `continuous_consistency_loss`.
+    tangent_step: likewise.
     frame_weight: weight of each frame; 0 removes it, its tangent too.
 
   Returns:
@@ -261,6 +282,7 @@ def trigflow_continuous_consistency_loss(
     (x, angle),
     (expand(speed, x) * f_teacher, speed),
     tangent_pass,
+    tangent_step,
   )
   a = expand(angle, x)
   r, sin, cos = jnp.asarray(tangent_weight, a.dtype), jnp.sin(a), jnp.cos(a)
@@ -283,6 +305,7 @@ def _two_time_loss(
   tangent_weight,
   normaliser_eps: float,
   tangent_pass: TangentPass,
+  tangent_step: float,
   frame_weight: Array | None,
 ):
   """Computes MeanFlow's loss, equations (15)-(18) at `end_time = 0`."""
@@ -295,6 +318,7 @@ def _two_time_loss(
     (x_t, t),
     (expand(moves, x_t) * v_teacher, moves),
     tangent_pass,
+    tangent_step,
   )
   r = jnp.asarray(tangent_weight, v.dtype)
   gap = jax.lax.stop_gradient(v) - v_teacher
@@ -319,18 +343,26 @@ def _primal_and_tangent(
   point: tuple[Array, Array],
   direction: tuple[Array, Array],
   tangent_pass: TangentPass,
+  tangent_step: float,
 ) -> tuple[Array, Array]:
   """Returns the student's velocity, and its tangent without gradient."""
   direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, point)
   at = lambda p: lambda x, t: velocity(p, x, t)
+  stopped = at(jax.lax.stop_gradient(params))
   if tangent_pass == "shared":
-    v, dv = jax.jvp(at(params), point, direction)
+    with _tangents.naming_cures(stopped, point, direction, tangent_pass):
+      v, dv = jax.jvp(at(params), point, direction)
   elif tangent_pass == "separate":
     v = velocity(params, *point)
-    _, dv = jax.jvp(at(jax.lax.stop_gradient(params)), point, direction)
+    with _tangents.naming_cures(stopped, point, direction, tangent_pass):
+      _, dv = jax.jvp(stopped, point, direction)
+  elif tangent_pass == "finite_difference":
+    v = velocity(params, *point)
+    dv = _tangents.central_difference(stopped, point, direction, tangent_step)
   else:
     raise ValueError(
-      f'`tangent_pass` must be "shared" or "separate"; got {tangent_pass!r}.'
+      '`tangent_pass` must be "shared", "separate" or "finite_difference";'
+      f" got {tangent_pass!r}."
     )
   v = _examples.check_velocity(v, point[0])
   return v, jax.lax.stop_gradient(wide(dv))

@@ -11,4 +11,5 @@ from crcm_jax.models._config import WanConfig as WanConfig
 from crcm_jax.models._remat import REMAT_POLICIES as REMAT_POLICIES
 from crcm_jax.models._torch import params_from_torch as params_from_torch
 from crcm_jax.models._torch import params_to_torch as params_to_torch
+from crcm_jax.models._wan import add_end_time as add_end_time
 from crcm_jax.models._wan import Wan as Wan

@@ -70,6 +70,23 @@ def check_chunk(
     )
 
 
+def check_end_time(config: WanConfig, end_time: Array | None, x: Array) -> None:
+  """Checks the end time of a jump.
+
+  Raises:
+    ValueError: if the network has no such input, or the shape does not fit.
+    TypeError: if it is narrower than float32.
+  """
+  if end_time is None:
+    return
+  if not config.end_time:
+    raise ValueError(
+      "`end_time` must come with a network of `WanConfig(end_time=True)`; this"
+      " one has no second time. `models.add_end_time` gives it one."
+    )
+  _check_times("end_time", end_time, x)
+
+
 def _check_latents(config: WanConfig, x: Array) -> None:
   if x.ndim != 5 or x.shape[-1] != config.in_channels:
     raise ValueError(

@@ -70,6 +70,12 @@ class WanChunks:
     """Predicts the next chunk's velocity; the cache is only read."""
     return self._apply("chunk", params, x, t, cache)[0]
 
+  def mean_velocity(
+    self, params: Params, x: Latents, t: Times, end_time: Times, cache: Cache
+  ) -> Latents:
+    """Predicts the next chunk's mean velocity from `t` to `end_time`."""
+    return self._apply("chunk", params, x, t, cache, end_time)[0]
+
   def append(
     self, params: Params, x: Latents, t: Times, cache: Cache
   ) -> tuple[Latents, Cache]:

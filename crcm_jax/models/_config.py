@@ -59,6 +59,9 @@ class WanConfig:
     patch: latent frames, rows and columns of one token; one frame always.
     eps: added to the variance in the norms.
     time_scale: a rectified-flow time times this enters the sinusoid.
+    end_time: whether the network has a second time input, where the jump of
+      its velocity ends (MeanFlow). `models.add_end_time` gives it to a
+      trained network.
     remat: what the backward pass finds saved, a name in
       `models.REMAT_POLICIES`; None saves everything.
     dtype: dtype of matrix products and attention (see `Precision`); float32
@@ -81,6 +84,7 @@ class WanConfig:
   patch: tuple[int, int, int] = (1, 2, 2)
   eps: float = 1e-6
   time_scale: float = 1000.0
+  end_time: bool = False
   remat: str | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -165,7 +169,8 @@ class WanConfig:
     linear = lambda rows, columns: rows * columns + columns
     attention = 4 * linear(d, d) + 2 * d
     block = 2 * attention + linear(d, f) + linear(f, d) + 6 * d + 2 * d
-    time = linear(self.freq_width, d) + linear(d, d) + linear(d, 6 * d)
+    embedding = linear(self.freq_width, d) + linear(d, d)
+    time = (1 + self.end_time) * embedding + linear(d, 6 * d)
     text = linear(self.text_width, d) + linear(d, d)
     head = linear(d, pixels * self.out_channels) + 2 * d
     patch = linear(pixels * self.in_channels, d)

@@ -75,14 +75,14 @@ class Mlp(nn.Module):
   activation: Callable[[Array], Array]
   param_dtype: Any
   kernel_init: nn.initializers.Initializer = xavier
+  out_init: nn.initializers.Initializer | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     """Applies the layers in the dtype of `x`."""
+    out_init = self.out_init or self.kernel_init
     up = Linear(self.hidden, self.param_dtype, self.kernel_init, name="up")
-    down = Linear(
-      self.features, self.param_dtype, self.kernel_init, name="down"
-    )
+    down = Linear(self.features, self.param_dtype, out_init, name="down")
     return down(self.activation(up(x)))
 
 

@@ -140,6 +140,9 @@ def _table(config: WanConfig) -> dict[str, _Entry]:
   linear("text_embedding.2", "text_embedding/down", d, d)
   linear("time_embedding.0", "time_embedding/up", config.freq_width, d)
   linear("time_embedding.2", "time_embedding/down", d, d)
+  if config.end_time:  # Ours: no released Wan has it.
+    linear("end_embedding.0", "end_embedding/up", config.freq_width, d)
+    linear("end_embedding.2", "end_embedding/down", d, d)
   linear("time_projection.1", "time_projection", d, 6 * d)
   for i in range(config.layers):
     block = f"blocks.{i}"
@@ -222,6 +225,7 @@ def _infer_config(state: StateDict) -> WanConfig:
     freq_width=shape["time_embedding.0.weight"][1],
     text_width=shape["text_embedding.0.weight"][1],
     text_length=512,
+    end_time="end_embedding.0.weight" in state,
     in_channels=int(np.prod(shape["patch_embedding.weight"][1:])) // 4,
     out_channels=shape["head.head.weight"][0] // 4,
   )

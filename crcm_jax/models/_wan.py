@@ -10,8 +10,14 @@ that runs one layer on its carry.
   `jax.jvp` in (x, t) alone the clean half of the tuple keeps symbolically zero
   tangents and costs nothing.
 * cached: the context is what earlier chunks left behind.
+
+With `WanConfig(end_time=True)` the velocity is the mean one from a time t to an
+earlier end time, whose embedding adds to that of t. Left out, the end is 0,
+data, as in few-step sampling. What a context was committed with, keys and
+values, always has the end 0.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,10 +27,10 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax import kernels
-from crcm_jax._typing import Array, Float, Int
+from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models._cache import Cache
-from crcm_jax.models._checks import check_call, check_chunk
+from crcm_jax.models._checks import check_call, check_chunk, check_end_time
 from crcm_jax.models._config import WanConfig
 from crcm_jax.models._layers import (
   Block,
@@ -85,6 +91,8 @@ class Wan(nn.Module):
     self.patch_embedding = Linear(width, dtype, xavier)
     self.text_embedding = mlp(activation=nn.gelu)
     self.time_embedding = mlp(activation=nn.silu)
+    if config.end_time:
+      self.end_embedding = _end_embedding(config)
     self.time_projection = Linear(6 * width, dtype, xavier)
     self.blocks = Block(config)
     self.head = Head(config)
@@ -99,6 +107,7 @@ class Wan(nn.Module):
     context: Latents | None = None,
     context_t: Times | None = None,
     context_gradient: bool = True,
+    end_time: Times | None = None,
   ) -> Latents:
     """Predicts the velocity of all frames.
 
@@ -115,18 +124,22 @@ class Wan(nn.Module):
       context_t: its times; None is 0, clean.
       context_gradient: whether gradient flows through the keys and values of
         the context. False stops it in every layer, as a cache does.
+      end_time: where the jump of each frame ends, in [0, t], of a network
+        with `WanConfig(end_time=True)`; None is 0.
 
     Returns:
-      The velocity, at least float32.
+      The velocity, at least float32; with an end time, the mean velocity
+      (x_t - x_end) / (t - end_time) along the ODE.
 
     Raises:
       ValueError: if shapes do not fit each other, the config or the pattern.
       TypeError: if times are narrower than float32.
     """
     check_call(self.config, x, t, text, pattern, context, context_t)
+    check_end_time(self.config, end_time, x)
     rope = self._rope(x)
     text = self.text_embedding(self._compute(text, x))
-    noisy = self._stream(x, t)
+    noisy = self._stream(x, t, end_time)
     boundaries = pattern and self._boundaries(pattern, x)
     if context is None:
       causal = kernels.BlockMask.block_causal
@@ -160,7 +173,7 @@ class Wan(nn.Module):
     return self._scan(body, None)[1]
 
   def chunk(
-    self, x: Latents, t: Times, cache: Cache
+    self, x: Latents, t: Times, cache: Cache, end_time: Times | None = None
   ) -> tuple[Latents, KeysValues]:
     """Predicts the velocity of the frames that follow those of a cache.
 
@@ -172,6 +185,7 @@ class Wan(nn.Module):
       x: the chunk's latents.
       t: their times.
       cache: the frames before it, and the prompt.
+      end_time: as in `__call__`.
 
     Returns:
       The velocity, and the chunk's keys and values `[layers b s n d]`.
@@ -181,7 +195,9 @@ class Wan(nn.Module):
       TypeError: if times are narrower than float32.
     """
     check_chunk(self.config, x, t, cache.past.keys.shape)
-    stream, rope = self._stream(x, t), self._rope(x, cache.position)
+    check_end_time(self.config, end_time, x)
+    stream = self._stream(x, t, end_time)
+    rope = self._rope(x, cache.position)
     stored = cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
     ranges = jnp.stack([jnp.zeros_like(stored), stored])[None]
 
@@ -260,14 +276,26 @@ class Wan(nn.Module):
     )
     return layers(self.blocks, carry, xs)
 
-  def _stream(self, x: Latents, t: Float[Array, "#b #f"]) -> Stream:
+  def _stream(
+    self,
+    x: Latents,
+    t: Float[Array, "#b #f"],
+    end_time: Times | None = None,
+  ) -> Stream:
     island = self.config.precision(x.dtype).island
     patches = patchify(self._compute(x, x), self.config.patch)
     tokens = self.patch_embedding(patches).astype(island)
-    features = sinusoid(t, self.config.freq_width, scale=self.config.time_scale)
-    e = self.time_embedding(features.astype(island))
+    e = self.time_embedding(self._time_features(t, island))
+    if self.config.end_time:
+      end = jnp.zeros_like(t) if end_time is None else end_time
+      e = e + self.end_embedding(self._time_features(end, island))
     e_6 = self.time_projection(nn.silu(e))
     return Stream(tokens, e, e_6.reshape(*t.shape, 6, -1))
+
+  def _time_features(self, t: Array, dtype: Any) -> Array:
+    config = self.config
+    features = sinusoid(t, config.freq_width, scale=config.time_scale)
+    return features.astype(dtype)
 
   def _boundaries(self, pattern: ChunkPattern, x: Latents) -> tuple[int, ...]:
     tokens = self.config.tokens_per_frame(*x.shape[2:4])
@@ -292,6 +320,40 @@ class Wan(nn.Module):
 
   def _compute(self, a: Array, like: Array) -> Array:
     return a.astype(self.config.precision(like.dtype).compute)
+
+
+def add_end_time(
+  params: Params, config: WanConfig, key: PRNGKeyArray
+) -> tuple[WanConfig, Params]:
+  """Gives a trained network a second time input, and leaves what it computes.
+
+  Args:
+    params: parameters of `Wan(config)`.
+    config: its config, without `end_time`.
+    key: of the new embedding, whose output layer starts at zero.
+
+  Returns:
+    The config with `end_time`, and its parameters.
+
+  Example:
+    >>> config, params = add_end_time(params, config, key)  # doctest: +SKIP
+  """
+  config = dataclasses.replace(config, end_time=True)
+  features = jnp.zeros((1, config.freq_width), config.param_dtype)
+  new = _end_embedding(config).init(key, features)["params"]
+  return config, {**params, "end_embedding": new}
+
+
+def _end_embedding(config: WanConfig) -> Mlp:
+  """The second time's embedding; 0 at first, it changes no trained network."""
+  return Mlp(
+    config.width,
+    config.width,
+    nn.silu,
+    config.param_dtype,
+    small_normal,
+    nn.initializers.zeros,
+  )
 
 
 def _frozen(block: Block) -> Block:

@@ -69,6 +69,25 @@ class ChunkModel(Protocol):
     ...
 
 
+@runtime_checkable
+class MeanFlowChunkModel(ChunkModel, Protocol):
+  """A chunk model that knows where its jumps end.
+
+  Its `velocity` is the mean velocity down to data, time 0.
+  """
+
+  def mean_velocity(
+    self,
+    params: Params,
+    x: Float[Array, "b f h w c"],
+    t: Float[Array, "b f"],
+    end_time: Float[Array, "b f"],
+    cache: Cache,
+  ) -> Float[Array, "b f h w c"]:
+    """Returns a chunk's mean velocity from `t` to `end_time`."""
+    ...
+
+
 def guided(
   conditional: ChunkModel, unconditional: ChunkModel, scale: float
 ) -> ChunkModel:

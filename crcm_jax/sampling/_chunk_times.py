@@ -1,12 +1,16 @@
 """Denoising schedules of all chunks as one padded array."""
 
 from collections.abc import Sequence
+from typing import get_args, Literal
 
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax._typing import Array, Float, Int
+
+Solver = Literal["consistency", "euler", "mean_flow"]
+"""How one step of a rollout leads to the next."""
 
 
 def chunk_times(
@@ -58,9 +62,9 @@ def check_grid(step_noise, times, counts, chunks: int, solver: str) -> None:
   Raises:
     ValueError: if they do not, or if a known schedule does not decrease.
   """
-  if solver not in ("consistency", "euler"):
+  if solver not in get_args(Solver):
     raise ValueError(
-      f'`solver` must be "consistency" or "euler"; got {solver!r}.'
+      f'`solver` must be "consistency", "euler" or "mean_flow"; got {solver!r}.'
     )
   if times.ndim != 2 or times.shape[0] != chunks:
     raise ValueError(

@@ -6,6 +6,7 @@ the network gives it, knowing the chunks before b from the cache:
 
   consistency:  x <- (1 - t_{s+1}) (x - t_s v) + t_{s+1} e_{s+1}
   euler:        x <- x - (t_s - t_{s+1}) v
+  mean_flow:    x <- x - (t_s - t_{s+1}) v(x, t_s, t_{s+1})
 
 and either way the last step returns the data prediction x_0 = x - t v. The
 chunk is then committed to the cache, clean or as its last step saw it. The
@@ -33,9 +34,13 @@ from crcm_jax import paths
 from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Bool, Float, Int, Params
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.sampling._chunk_model import Cache, ChunkModel
+from crcm_jax.sampling._chunk_model import (
+  Cache,
+  ChunkModel,
+  MeanFlowChunkModel,
+)
 from crcm_jax.sampling._chunk_scan import chunk_sizes, over_chunks
-from crcm_jax.sampling._chunk_times import check_grid
+from crcm_jax.sampling._chunk_times import check_grid, Solver
 
 
 class Rollout(NamedTuple):
@@ -86,7 +91,7 @@ def rollout(
   times: Float[Array, "chunks grid"],
   counts: Int[Array, "chunks"],
   *,
-  solver: Literal["consistency", "euler"] = "consistency",
+  solver: Solver = "consistency",
   context: Literal["clean", "last_step"] = "clean",
   context_start: int = 0,
   context_noise: Float[Array, "b frames h w c"] | None = None,
@@ -107,12 +112,14 @@ def rollout(
     params: the network's parameters.
     step_noise: standard normal noise of each step, shared by all chunks, each
       of which takes its own frames. Noise 0 is where a chunk starts. One step
-      of it suffices for `solver="euler"`.
+      of it suffices for the other solvers than "consistency".
     pattern: how frames form chunks.
     times: each chunk's schedule, padded with zeros: `chunk_times`.
     counts: steps that each chunk takes, at least 1, at run time. A chunk that
       takes fewer than its schedule has ends early, by data prediction.
-    solver: how one step leads to the next.
+    solver: how one step leads to the next: "consistency" predicts the data
+      and adds noise again, "euler" follows the ODE, "mean_flow" jumps along
+      it with a `MeanFlowChunkModel`.
     context: what is committed of a finished chunk: "clean", its result at
       time 0, or "last_step", its last step's input at that step's time (which
       saves a pass where nothing is differentiated).
@@ -135,8 +142,8 @@ def rollout(
 
   Raises:
     ValueError: if frames do not fit the pattern, if `times` or `counts` do
-      not fit chunks and steps or do not decrease, or if a noise or a time of
-      the context is missing.
+      not fit chunks and steps or do not decrease, if a noise or a time of the
+      context is missing, or if the model has not what the solver needs.
 
   Example:
     >>> from crcm_jax.sampling import chunk_times
@@ -162,6 +169,7 @@ def rollout(
   )
   given = 0 if prefix is None else prefix.shape[1]
   sizes, skip = chunk_sizes(pattern, given, step_noise.shape[2])
+  _check_solver(solver, model)
   check_grid(step_noise, times, counts, len(sizes) - skip, solver)
   _check_context(context, context_start, context_noise, skip, sum(sizes))
   _check_context_times(context_times, len(sizes) - skip)
@@ -170,7 +178,7 @@ def rollout(
   generator = _Generator(
     model=model,
     params=params if differentiable else lax.stop_gradient(params),
-    euler=solver == "euler",
+    solver=solver,
     initial_scale=initial_scale,
     commit_input=context == "last_step" and not differentiable,
   )
@@ -242,14 +250,14 @@ class _Generator:
   Attributes:
     model: the network under its conditioning.
     params: what the last step of each chunk uses; gradients stop elsewhere.
-    euler: whether steps follow the ODE instead of re-noising.
+    solver: how one step leads to the next.
     initial_scale: factor of the starting noise.
     commit_input: whether a last step may commit its input on the way.
   """
 
   model: ChunkModel
   params: Params
-  euler: bool
+  solver: Solver
   initial_scale: float
   commit_input: bool
 
@@ -291,8 +299,8 @@ class _Generator:
     at = lambda s: jnp.full(noise.shape[:2], row.times[s])
 
     def step(s, x):
-      v = self.model.velocity(self.frozen, x, at(s), cache).astype(x.dtype)
-      if self.euler:
+      v = self._velocity(x, at(s), at(s + 1), cache)
+      if self.solver != "consistency":
         return x - (row.times[s] - row.times[s + 1]) * v
       x_0 = paths.data_prediction(x, v, at(s))
       return paths.interpolate(x_0, noise[:, :, s + 1], at(s + 1))
@@ -300,6 +308,15 @@ class _Generator:
     last = row.count - 1
     x = lax.fori_loop(0, last, step, self.initial_scale * noise[:, :, 0])
     return lax.stop_gradient((x, at(last)))
+
+  def _velocity(self, x, t, end_time, cache):
+    """Returns what a step follows from t to its end."""
+    if self.solver != "mean_flow":
+      v = self.model.velocity(self.frozen, x, t, cache)
+    else:
+      assert isinstance(self.model, MeanFlowChunkModel)  # _check_solver
+      v = self.model.mean_velocity(self.frozen, x, t, end_time, cache)
+    return v.astype(x.dtype)
 
 
 def _context(
@@ -341,6 +358,15 @@ def _prefix_rows(rows: _Row, noisy: np.ndarray) -> _Row:
   return repeated._replace(
     noisy=jnp.asarray(noisy), truncated=jnp.ones(len(noisy), bool)
   )
+
+
+def _check_solver(solver: str, model: ChunkModel) -> None:
+  if solver == "mean_flow" and not isinstance(model, MeanFlowChunkModel):
+    raise ValueError(
+      '`solver="mean_flow"` needs a model with `mean_velocity`, which is told'
+      f" where a jump ends; {type(model).__name__} has none. Use"
+      ' "consistency" or "euler".'
+    )
 
 
 def _check_context(

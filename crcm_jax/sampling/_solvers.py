@@ -61,24 +61,67 @@ def integrate(
       two, or the solver is unknown; UniPC cannot start at t = 1.
   """
   times = np.asarray(times, np.float64)
+  return trajectory(velocity, x, times, times[-1:], solver=solver)[0]
+
+
+def trajectory(
+  velocity: Velocity,
+  x: Float[Array, "b *shape"],
+  times: Float[np.ndarray, "times"] | Float[Array, "times"],
+  stops: Float[np.ndarray, "stops"] | Float[Array, "stops"],
+  *,
+  solver: Solver = "euler",
+) -> Float[Array, "stops b *shape"]:
+  """Follows the ODE as `integrate` does, and keeps the states on the way.
+
+  Args:
+    velocity: see `integrate`.
+    x: the state at `times[0]`.
+    times: decreasing times, known at trace time.
+    stops: those of them whose states to keep; memory grows with them alone.
+    solver: see `integrate`.
+
+  Returns:
+    The states at the stops, in at least float32.
+
+  Raises:
+    ValueError: as `integrate`, or if a stop is not among the times.
+  """
+  times = np.asarray(times, np.float64)
   _times.check_decreasing("times", times)
   _times.check_range("times", times)
   table = _table(solver, times)
+  slots = _slots(times, np.asarray(stops, np.float64))
   x_start = wide(x)
 
   def step(carry, inputs):
-    x, previous, m_1, m_2 = carry
-    t, correct, predict = inputs
+    x, previous, m_1, m_2, kept = carry
+    slot, (t, correct, predict) = inputs
     t = jnp.broadcast_to(t, x.shape[:1])
     m_0 = paths.data_prediction(x, wide(velocity(x, t)), t)
     corrected = _combine(correct, (x, previous, m_0, m_1, m_2))
-    return (_combine(predict, (corrected, m_0, m_1)), corrected, m_0, m_1), None
+    kept = kept.at[slot].set(corrected, mode="drop")
+    x = _combine(predict, (corrected, m_0, m_1))
+    return (x, corrected, m_0, m_1, kept), None
 
   zero = jnp.zeros_like(x_start)
+  kept = jnp.zeros((len(stops), *zero.shape), zero.dtype)
   inputs = (times[:-1], table.correct, table.predict)
   inputs = jax.tree.map(lambda a: jnp.asarray(a, x_start.dtype), inputs)
-  (x, *_), _ = jax.lax.scan(step, (x_start, x_start, zero, zero), inputs)
-  return x
+  carry = (x_start, x_start, zero, zero, kept)
+  (x, *_, kept), _ = jax.lax.scan(step, carry, (slots[:-1], inputs))
+  return kept.at[slots[-1]].set(x, mode="drop")
+
+
+def _slots(times: np.ndarray, stops: np.ndarray) -> np.ndarray:
+  """Returns where each time's state is kept; past the end for nowhere."""
+  here = times[:, None] == stops[None]
+  if not here.any(axis=0).all():
+    raise ValueError(
+      f"`stops` must be among the times {times.tolist()}; got {stops.tolist()}."
+    )
+  nowhere = len(stops)
+  return np.where(here.any(axis=1), here.argmax(axis=1), nowhere)
 
 
 def _combine(coefficients: Array, states: tuple[Array, ...]) -> Array:

@@ -9,6 +9,7 @@ safetensors file. Without more, it is the moving average of the newest
 checkpoint.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -174,7 +175,8 @@ def adopt(
     name: the config key to name in messages.
 
   Returns:
-    The parameters in the network's dtype.
+    The parameters in the network's dtype; those of a second time input are
+    added where the network has one and the parameters are of one without.
 
   Raises:
     ValueError: if they were trained for another chunk pattern (a
@@ -186,8 +188,12 @@ def adopt(
       f" was trained with {origin.pattern}. Name another source, or set"
       " `config.pattern` to that of this one."
     )
-  expected = _flat(param_shapes(model))
-  given = _flat(origin.params)
+  params = origin.params
+  if model.config.end_time and "end_embedding" not in params:
+    # Fresh, the second time's embedding adds zero: what was trained stays.
+    config = dataclasses.replace(model.config, end_time=False)
+    _, params = models.add_end_time(params, config, jax.random.key(0))
+  expected, given = _flat(param_shapes(model)), _flat(params)
   if missing := sorted(expected.keys() ^ given.keys()):
     raise ValueError(
       f"`{name}` must have the parameters of `config.network`; not in both:"
@@ -201,7 +207,7 @@ def adopt(
       )
   return jax.tree.map(
     lambda leaf, like: jnp.asarray(leaf, like.dtype),
-    origin.params,
+    params,
     param_shapes(model),
   )
 

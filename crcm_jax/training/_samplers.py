@@ -52,6 +52,8 @@ class Sampling:
     mid_times: for each number of steps, as text, the times between the first
       and 0 of each chunk; the last chunk's serve all further ones. The most
       steps are those that self-forcing trains.
+    solver: how a few-step student goes from one time to the next; see
+      `sampling.rollout`. "mean_flow" needs a network with `end_time`.
     context: what is committed of a finished chunk; see `sampling.rollout`.
     context_start: first chunk for which `context` holds.
     ode_steps: usual, and most, steps of a diffusion model's ODE sampler.
@@ -64,6 +66,7 @@ class Sampling:
       name: (sampling.MID_TIMES[name],) for name in ("4", "2", "1")
     }
   )
+  solver: Literal["consistency", "mean_flow"] = "consistency"
   context: Literal["clean", "last_step"] = "clean"
   context_start: int = 0
   ode_steps: int = 50
@@ -185,6 +188,7 @@ def _few_step(
     jax.random.normal(key, (steps, *batch.x_0.shape)),
     pattern,
     *schedule,
+    solver=settings.solver,
     context=settings.context,
     context_start=settings.context_start,
     initial_scale=_FIRST_TIME,

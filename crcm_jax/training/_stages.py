@@ -18,6 +18,15 @@ calls that build it:
 and with a critic
 
     critic=dict(...), critic_optimizer=dict(...), alternation=dict(...)
+
+The objective `joint` adds up others, each from its own iteration on:
+
+    objective=dict(
+      name="joint",
+      parts=("continuous_consistency", "self_forcing"),
+      continuous_consistency=dict(...),
+      self_forcing=dict(start=1000, ...),
+    )
 """
 
 import dataclasses
@@ -72,9 +81,17 @@ KINDS = {
   "continuous_consistency": Kind(
     objectives.ContinuousConsistency, frozen=("teacher",), few_step=True
   ),
+  "mean_flow": Kind(objectives.MeanFlow, frozen=("teacher",), few_step=True),
+  "ode_regression": Kind(
+    objectives.OdeRegression, frozen=("teacher",), few_step=True
+  ),
+  "bidirectional_ode_regression": Kind(
+    objectives.BidirectionalOdeRegression, frozen=("real",), few_step=True
+  ),
   "self_forcing": Kind(
     objectives.SelfForcing, frozen=("real",), few_step=True, critic=True
   ),
+  "joint": Kind(objectives.Joint),  # and what its parts need
 }
 """The stages' objectives by the names that configs give them."""
 
@@ -289,7 +306,7 @@ def read_stage(
   config = _config.as_dict({"stage": name, **config})
   section = _config.Section(config, f"config.{name}")
   section["stage"]
-  kind = section["objective"].choose(KINDS)
+  kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
@@ -301,6 +318,9 @@ def read_stage(
     **dict.fromkeys(("student", "teacher", "real", "fake"), model),
     "pattern": pattern,
     "mid_times": sampling.mid_times[str(sampling.most_steps)],
+    "solver": sampling.solver,
+    "ode_steps": sampling.ode_steps,
+    "ode_shift": sampling.ode_shift,
     "context": sampling.context,
     "context_start": sampling.context_start,
     "context_times": sampling.context_times,
@@ -313,6 +333,7 @@ def read_stage(
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     optimizers["critic"] = section["critic_optimizer"].call(adamw)
+  _check_solver(sampling, model)
   stage = Stage(
     name=name,
     config=config,
@@ -337,6 +358,14 @@ def read_stage(
   return stage
 
 
+def _check_solver(sampling: Sampling, model: models.Wan) -> None:
+  if sampling.solver == "mean_flow" and not model.config.end_time:
+    raise ValueError(
+      '`config.sampling.solver="mean_flow"` jumps between any two times, which'
+      " needs `config.network.end_time=True`."
+    )
+
+
 def stage_of(origin: _networks.Origin) -> Stage:
   """Builds the stage that made some parameters.
 
@@ -355,6 +384,36 @@ def stage_of(origin: _networks.Origin) -> Stage:
   return read_stage(config.pop("stage"), config)
 
 
+def _kind(section: _config.Section) -> Kind:
+  """Returns what an objective needs; a joint one, what its parts need."""
+  kind = section.choose(KINDS)
+  if kind.objective is not objectives.Joint:
+    return kind
+  parts = [KINDS[name] for name in _parts(section)]
+  frozen = [role for part in parts for role in part.frozen]
+  return kind._replace(
+    frozen=tuple(dict.fromkeys(frozen)),
+    few_step=any(part.few_step for part in parts),
+    critic=any(part.critic for part in parts),
+  )
+
+
+def _parts(section: _config.Section) -> tuple[str, ...]:
+  """Returns the names of a joint objective's parts, causal ones.
+
+  Raises:
+    ValueError: if one is no objective of a causal student.
+  """
+  known = [n for n, kind in KINDS.items() if kind.causal and n != "joint"]
+  for name in section["parts"]:
+    if name not in known:
+      raise ValueError(
+        "`parts` of a joint objective must be objectives of a causal student,"
+        f" of {known}; got {name!r}."
+      )
+  return tuple(section["parts"])
+
+
 def _dataset(section: _config.Section) -> _data.Dataset:
   return section.call(section.choose(_data.DATASETS))
 
@@ -367,6 +426,15 @@ def _objective(
   How a student's chunks see each other is one setting of the stage, so that a
   network is sampled as it was trained.
   """
+  if objective is objectives.Joint:
+    parts = {name: section[name] for name in _parts(section)}
+    return objectives.Joint(
+      starts=tuple(part.get("start", 0) for part in parts.values()),
+      objectives=tuple(
+        _objective(part, KINDS[name].objective, given)
+        for name, part in parts.items()
+      ),
+    )
   fields = {field.name for field in dataclasses.fields(objective)}
   more = {name: value for name, value in given.items() if name in fields}
   if "time" in section:

@@ -15,7 +15,10 @@ Variants, given as `moving_digits.py:VARIANT`:
                 take one GPU about ten minutes (not timed as a whole).
   teachers      The two teachers alone, for a GPU; `crcm export` made the
                 shipped weights of them.
+  staged        dCM, then sCM from its student, then SF-DMD: the quickstart
+                with the stage `discrete` before it (not timed).
   runlocal      Everything from scratch in a few steps, for tests.
+  staged_runlocal  `staged` likewise.
 
 Result of the quickstart with seed 0, over 256 held-out captions:
 
@@ -40,7 +43,9 @@ def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:
     "from_scratch": _from_scratch,
     "gpu": _gpu,
     "teachers": _teachers,
+    "staged": _staged,
     "runlocal": _runlocal,
+    "staged_runlocal": _staged_runlocal,
   }
   if variant not in variants:
     raise ValueError(
@@ -124,7 +129,27 @@ def _causal(steps) -> dict[str, Any]:
   return _diffusion("teacher_forcing", steps) | start
 
 
-def _consistency(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
+def _discrete(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
+  return dict(
+    steps=steps,
+    objective=dict(
+      name="discrete_consistency",
+      guidance=3.0,
+      total_steps=48,
+      skip=1,
+      shift=3.0,
+      loss_scale=1.0,
+    ),
+    optimizer=dict(
+      learning_rate=learning_rate, b1=0.0, weight_decay=0.01, warmup_steps=20
+    ),
+    init=dict(student=causal, teacher=causal),
+  )
+
+
+def _consistency(
+  steps, causal, learning_rate=3e-4, student=None
+) -> dict[str, Any]:
   return dict(
     steps=steps,
     objective=dict(
@@ -137,7 +162,7 @@ def _consistency(steps, causal, learning_rate=3e-4) -> dict[str, Any]:
     optimizer=dict(
       learning_rate=learning_rate, b1=0.0, weight_decay=0.01, warmup_steps=20
     ),
-    init=dict(student=causal, teacher=causal),
+    init=dict(student=student or causal, teacher=causal),
   )
 
 
@@ -211,19 +236,42 @@ def _teachers() -> dict[str, Any]:
   )
 
 
+def _staged() -> dict[str, Any]:
+  causal = f"{WEIGHTS}/causal.safetensors"
+  return _quickstart() | dict(
+    stages=("discrete", "consistency", "self_forcing"),
+    discrete=_discrete(300, causal),
+    consistency=_consistency(300, causal, student="discrete"),
+  )
+
+
 def _runlocal() -> dict[str, Any]:
-  config = _from_scratch()
+  return _small(_from_scratch()) | dict(
+    bidirectional=_bidirectional(4),
+    causal=_causal(4),
+    consistency=_consistency(4, "causal"),
+    self_forcing=_self_forcing(6, "bidirectional"),
+  )
+
+
+def _staged_runlocal() -> dict[str, Any]:
+  return _runlocal() | dict(
+    stages=(
+      *("bidirectional", "causal"),
+      *("discrete", "consistency", "self_forcing"),
+    ),
+    discrete=_discrete(4, "causal"),
+    consistency=_consistency(4, "causal", student="discrete"),
+  )
+
+
+def _small(config: dict[str, Any]) -> dict[str, Any]:
+  """Shrinks the network, the data and the evaluation to a CPU minute."""
   config["network"] |= dict(layers=2, width=16, heads=2, ffn_width=32)
   config["data"] |= dict(batch_size=4, frames=6, train_clips=64, test_clips=96)
   config["sampling"] |= dict(ode_steps=6)
   config["loop"] |= dict(checkpoint_every=2, sample_every=4)
   config["evaluation"] |= dict(
     num_clips=32, num_reference=64, num_examples=2, batch_size=32
-  )
-  config |= dict(
-    bidirectional=_bidirectional(4),
-    causal=_causal(4),
-    consistency=_consistency(4, "causal"),
-    self_forcing=_self_forcing(6, "bidirectional"),
   )
   return config

@@ -10,6 +10,8 @@ chunks of 3-3 frames and four steps.
   tf_dcm   consistency in discrete time            10,000 steps
   tf_scm   consistency in continuous time           1,000 steps
   sf_dmd   self-forcing, distribution matching     19,200 steps (3,200 student)
+  tf_scm_sf_dmd  tf_scm, and after 1,000 steps sf_dmd beside it: their losses
+                 add up                            20,200 steps (4,200 student)
   all      tf, tf_scm and sf_dmd, one after another
 
   1.3b, 14b                       the network
@@ -27,7 +29,7 @@ from typing import Any
 
 import ml_collections
 
-STAGES = ("tf", "df", "tf_dcm", "tf_scm", "sf_dmd")
+STAGES = ("tf", "df", "tf_dcm", "tf_scm", "sf_dmd", "tf_scm_sf_dmd")
 
 SIZES = {
   "1.3b": dict(layers=30, width=1536, heads=12, ffn_width=8960),
@@ -64,7 +66,14 @@ def get_config(variant: str = "tf") -> ml_collections.ConfigDict:
       f" {[*SIZES, *PATTERNS, *SAMPLING]}, with commas; got {variant!r}."
     )
   stages = ("tf", "tf_scm", "sf_dmd") if stage == "all" else (stage,)
-  build = dict(tf=_tf, df=_df, tf_dcm=_tf_dcm, tf_scm=_tf_scm, sf_dmd=_sf_dmd)
+  build = dict(
+    tf=_tf,
+    df=_df,
+    tf_dcm=_tf_dcm,
+    tf_scm=_tf_scm,
+    sf_dmd=_sf_dmd,
+    tf_scm_sf_dmd=_tf_scm_sf_dmd,
+  )
   return ml_collections.ConfigDict(
     dict(
       stages=stages,
@@ -208,6 +217,24 @@ def _sf_dmd(size: str, stages: tuple[str, ...]) -> dict[str, Any]:
     critic_optimizer=_adamw(4e-7, 0.0),
     alternation=dict(student_every=6, warmup=0),
     init=dict(student=student, real=_wan(size)),
+  )
+
+
+def _tf_scm_sf_dmd(size: str, stages: tuple[str, ...]) -> dict[str, Any]:
+  scm, dmd = _tf_scm(size, stages), _sf_dmd(size, stages)
+  warmup = scm["objective"]["tangent_warmup"]
+  for config in (scm, dmd):
+    del config["objective"]["name"]
+  return dmd | dict(
+    steps=warmup + dmd["steps"],
+    objective=dict(
+      name="joint",
+      parts=("continuous_consistency", "self_forcing"),
+      continuous_consistency=scm["objective"],
+      self_forcing=dict(start=warmup, **dmd["objective"]),
+    ),
+    alternation=dict(student_every=6, warmup=warmup),
+    init=scm["init"] | dict(real=_wan(size)),
   )
 
 

@@ -201,29 +201,3 @@ def test_regression_is_zero_at_the_flow_map():
   np.testing.assert_allclose(loss, 0, atol=1e-10)
   off, _ = losses.regression_loss(exact, 1.0, x_t, end, t)
   np.testing.assert_allclose(off, t**2, rtol=1e-4)
-
-
-def test_a_separate_tangent_pass_gives_the_same():
-  x_0, noise, t = toy.batch()
-
-  def run(tangent_pass):
-    return jax.jit(
-      jax.value_and_grad(
-        lambda p: losses.continuous_consistency_loss(
-          toy.velocity,
-          p,
-          toy.teacher,
-          x_0,
-          noise,
-          t,
-          tangent_pass=tangent_pass,
-        )[0].sum()
-      )
-    )(toy.PARAMS)
-
-  (shared, shared_grad), (separate, separate_grad) = map(
-    run, ("shared", "separate")
-  )
-  np.testing.assert_allclose(shared, separate, rtol=1e-6)
-  for key in shared_grad:
-    np.testing.assert_allclose(shared_grad[key], separate_grad[key], rtol=1e-5)

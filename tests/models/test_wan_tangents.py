@@ -1,6 +1,7 @@
 """The clean stream carries no tangent, and no work is spent on it."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import pytest
 import tiny_wan
 from jax.extend import core
 
-from crcm_jax import ChunkPattern, models
+from crcm_jax import ChunkPattern, losses, models
+from crcm_jax.losses import _tangents
 
 MODEL = models.Wan(tiny_wan.CONFIG)
 PATTERN = ChunkPattern(1, 1)
@@ -89,6 +91,27 @@ def test_a_tangent_of_zeros_is_paid_for():
     return jax.jvp(moved, primals, (x, t, jnp.zeros_like(CLEAN)))
 
   assert products(zeros, X, T)["attention_fused"] == 4
+
+
+@pytest.mark.parametrize(
+  ("dtype", "low", "high"), [("float32", 0, 5e-3), ("bfloat16", 1e-2, 0.15)]
+)
+def test_finite_differences_of_wan_err_as_documented(dtype, low, high):
+  """At the default step, with features that turn by 1000 t as Wan's do."""
+  config = dataclasses.replace(
+    tiny_wan.CONFIG, time_scale=1000.0, freq_width=64, dtype=dtype
+  )
+  model, params = models.Wan(config), tiny_wan.params(config)
+  v = lambda x, t: model.apply({"params": params}, x, t, TEXT)
+
+  @tiny_wan.jit
+  def both(x, t):
+    point, direction = (x, t), (x, jnp.ones_like(t))
+    step = losses.TANGENT_STEP
+    difference = _tangents.central_difference(v, point, direction, step)
+    return difference, jax.jvp(v, point, direction)[1]
+
+  assert low <= tiny_wan.relative(*both(X, T)) < high
 
 
 def test_stopped_context_is_never_run_backward():

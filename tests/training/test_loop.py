@@ -117,6 +117,38 @@ def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
   assert len(lines(folders).splitlines()) == stage.steps
 
 
+@pytest.mark.parametrize(
+  "name", ["jumps", "pairs", pytest.param("both", marks=pytest.mark.slow)]
+)
+def test_further_stages_train_and_sample(folders, name):
+  """MeanFlow, ODE regression, and a joint stage, after a diffusion model."""
+  stages = _experiment.read_experiment(
+    tiny.config(
+      stages=("diffusion", "jumps", "pairs", "both"),
+      jumps=tiny.MEAN_FLOW,
+      pairs=tiny.ODE_REGRESSION,
+      both=tiny.JOINT | dict(steps=4),
+    )
+  ).stages
+  _loop.train_stage(dataclasses.replace(stages["diffusion"], steps=1), folders)
+  stage = stages[name]
+  before = stage.init_state(folders.experiment).student
+  state = _loop.train_stage(stage, folders)
+  assert state.skipped == 0
+  assert all(
+    not np.array_equal(a, b)
+    for a, b in zip(
+      jax.tree.leaves(before["head"]),
+      jax.tree.leaves(state.student["head"]),
+      strict=True,
+    )
+  )
+  batch = next(stage.dataset.batches(folders.data, 0))
+  clips = stage.sampler()(state.student, jax.random.key(0), batch, 2)
+  assert clips.shape == batch.x_0.shape
+  assert np.isfinite(clips).all()
+
+
 def test_each_phase_is_compiled_once(folders, monkeypatch):
   stages = _experiment.read_experiment(
     tiny.config(

@@ -1,5 +1,6 @@
 """Each objective on a tiny network: draws, one step, bad data, settings."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,11 +13,13 @@ from tiny_wan import CONFIG, inputs, params
 
 from crcm_jax import ChunkPattern, models
 from crcm_jax.data import Batch
-from crcm_jax.testing import golden
+from crcm_jax.testing import GaussianTeacher, golden
+from crcm_jax.time_sampling import ShiftedUniform
 from crcm_jax.training import Alternation, objectives
 from crcm_jax.training.objectives import _inputs
 
 MODEL = models.Wan(CONFIG)
+JUMPING = models.Wan(dataclasses.replace(CONFIG, end_time=True))
 PATTERN = ChunkPattern(1, 1)
 NETWORKS = {name: MODEL for name in ("student", "teacher", "real", "fake")} | {
   "pattern": PATTERN
@@ -30,6 +33,18 @@ KINDS = {
   "diffusion_forcing": (objectives.DiffusionForcing, {}),
   "discrete": (objectives.DiscreteConsistency, {"skip": 2}),
   "continuous": (objectives.ContinuousConsistency, {"tangent_warmup": 0}),
+  "mean_flow": (
+    objectives.MeanFlow,
+    {"student": JUMPING, "tangent_warmup": 0, "context_times": (0.0, 0.5)},
+  ),
+  "ode_regression": (
+    objectives.OdeRegression,
+    {"mid_times": MID_TIMES, "ode_steps": 6},
+  ),
+  "bidirectional_ode_regression": (
+    objectives.BidirectionalOdeRegression,
+    {"mid_times": MID_TIMES, "ode_steps": 6},
+  ),
   "self_forcing": (
     objectives.SelfForcing,
     {"mid_times": MID_TIMES, "context": "last_step"},
@@ -76,7 +91,8 @@ def _compiled(kind):
 
   def call(batch, trainable=None):
     frozen = {name: make() for name, make in FROZEN.items()}
-    trainable = params() if trainable is None else trainable
+    if trainable is None:
+      trainable = params(objective.student.config)
     (_, aux), grads = run(trainable, frozen, batch, _key(), jnp.array(1))
     return *aux, grads
 
@@ -166,10 +182,30 @@ def test_grid_of_discrete_consistency():
   np.testing.assert_allclose(times[1, 0], [0.75, 0.5, 0], atol=1e-6)
 
 
+def test_mean_flow_draws_ordered_times_and_both_ends():
+  many = _batch()._replace(x_0=jnp.zeros((4000, 1, 1, 1, 1)))
+  drawn = _make("mean_flow").draws(_key(), many, START)
+  assert (drawn.end_time <= drawn.t).all()
+  shares = ((drawn.end_time == drawn.t).mean(), (drawn.end_time == 0).mean())
+  np.testing.assert_allclose(shares, (0.25, 0.25), atol=0.02)
+  free = _make("mean_flow", same_share=0.0, data_share=0.0)
+  drawn = free.draws(_key(), many, START)
+  assert ((drawn.end_time < drawn.t) & (drawn.end_time > 0)).all()
+
+
+def test_ode_regression_gives_each_chunk_times_of_its_own():
+  """MID_TIMES: 0.9 and 0.5 in chunk 0, 0.5 in all others, and the first."""
+  objective = _make("ode_regression")
+  first = 1600 / 1601
+  np.testing.assert_allclose(objective._times(), [first, 0.9, 0.5, 0])
+  u = jnp.array([[0.0, 0.0, 0.0], [0.4, 0.49, 0.51], [0.99, 0.99, 0.99]])
+  places = objective._places(u, FRAMES)
+  assert places.tolist() == [[0, 0, 0], [1, 0, 2], [2, 2, 2]]
+
+
 def test_tangent_warms_up():
-  objective = _make("continuous", tangent_warmup=10)
   weight = lambda i: float(
-    objective._tangent_weight(Alternation().counters(i), jnp.ones(()))
+    _inputs.warmed_up(10, Alternation().counters(i), jnp.ones(()))
   )
   assert [weight(i) for i in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
 
@@ -199,6 +235,8 @@ def test_joint_waits_for_its_parts():
     ("discrete", {"skip": 0}, "`skip` must lie between 1 and .* = 47; got 0"),
     ("self_forcing", {"replay": "twice"}, "`replay` must be.*got 'twice'"),
     ("self_forcing", {"mid_times": ((0.5, 0.7),)}, "must decrease"),
+    ("mean_flow", {"same_share": 0.9}, r"add up to at most 1; got \(0.9, 0.25"),
+    ("ode_regression", {"mid_times": ((1.0,),)}, "`mid_times` must decrease"),
     ("critic", {"mid_times": ((), (0.5,))}, r"longer .* got \[1, 2\]"),
   ],
 )
@@ -217,3 +255,66 @@ def test_unknown_weighting_and_missing_starts_are_refused():
     )
   with pytest.raises(ValueError, match=r"`starts` must hold one .* 1 obj"):
     objectives.Joint(objectives=(objective,), starts=())
+
+
+TEACHER = GaussianTeacher(np.zeros((1, 1, 2)), [[0.5, 0.2], [0.2, 0.3]])
+
+
+class Exact:
+  """Networks whose videos are Gaussian frames, independent of each other."""
+
+  def apply(self, variables, x, t, text, end_time=None, **mode):
+    del text, mode
+    off = variables["params"]
+    if self is TEACHES:
+      return TEACHER.velocity(x, t) + off
+    if end_time is None:
+      return TEACHER.consistency_velocity(x, t) + off
+    gap = (t - end_time)[..., None, None, None]
+    jump = x - TEACHER.flow_map(x, t, end_time)
+    mean = jump / jnp.where(gap > 0, gap, 1)
+    return jnp.where(gap > 0, mean, TEACHER.velocity(x, t)) + off
+
+
+TEACHES, KNOWS = Exact(), Exact()
+
+
+def _exactly(kind, off, **settings):
+  """Loss and metrics of a student `off` the exact one."""
+  objective = _make(kind, student=KNOWS, teacher=TEACHES, **settings)
+  key = jax.random.key(0)
+  batch = Batch(
+    x_0=TEACHER.sample(key, 32 * FRAMES).reshape(32, FRAMES, 1, 1, 2),
+    condition=jnp.zeros((32, 1, 1)),
+    null_condition=jnp.zeros((1, 1)),
+  )
+
+  @quick_jit
+  def run(off):
+    draws = objective.draws(_key(), batch, START)
+    return objective.loss(
+      off, {"teacher": jnp.zeros(())}, batch, draws, START
+    ), draws
+
+  return run(jnp.array(off))
+
+
+def test_mean_flow_vanishes_at_the_exact_mean_velocity():
+  """Whatever the end: t itself, data, or between."""
+  settings = dict(time=ShiftedUniform(1.0), context_times=(0.0,))
+  (_, metrics), draws = _exactly("mean_flow", 0.0, **settings)
+  assert (draws.end_time == draws.t).any()
+  assert (draws.end_time == 0).any()
+  np.testing.assert_allclose(metrics.normaliser, 0.1, atol=1e-2)
+  (_, metrics), _ = _exactly("mean_flow", 0.5, **settings)
+  assert (metrics.normaliser > 0.5).all()
+
+
+def test_ode_regression_vanishes_at_the_exact_flow_map():
+  """But for the error of Euler's steps, which falls with their square."""
+  loss = lambda off, steps: _exactly(
+    "ode_regression", off, mid_times=((0.9, 0.5),), ode_steps=steps
+  )[0][0].max()
+  coarse, fine = loss(0.0, 25), loss(0.0, 100)
+  assert 10 < coarse / fine < 25
+  assert fine < 1e-2 < loss(1.0, 100)

@@ -16,6 +16,7 @@ from crcm_jax.training import (
   _networks,
   _samplers,
   _stages,
+  objectives,
 )
 from crcm_jax.training._checkpoints import Checkpoints
 
@@ -184,12 +185,69 @@ def _eval_step(stage):
     assert metrics["loss"].shape == ()
 
 
+def test_a_joint_stage_is_its_parts():
+  stage = read(stages=("diffusion", "both"), both=tiny.JOINT).stages["both"]
+  joint = stage.objectives["student"]
+  assert joint.starts == (0, 2)
+  consistency, matching = joint.objectives
+  assert isinstance(consistency, objectives.ContinuousConsistency)
+  assert isinstance(matching, objectives.SelfForcing)
+  assert consistency.tangent_warmup == 2
+  assert stage.kind.frozen == ("teacher", "real")
+  assert stage.init["fake"] == "diffusion"
+  _eval_step(stage)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(parts=("self_forcing", "joint")), r"`parts` .*got 'joint'"),
+    (dict(parts=("bidirectional_diffusion",)), r"`parts` .*causal student"),
+    (dict(self_forcing=dict(begin=1)), r"`config.both.objective.self_forcing"),
+    (dict(mean_flow=dict()), r"`config.both.objective.mean_flow`"),
+  ],
+)
+def test_a_wrong_part_is_found(changes, message):
+  both = tiny.JOINT | dict(objective=tiny.JOINT["objective"] | changes)
+  with pytest.raises(ValueError, match=message):
+    read(stages=("diffusion", "both"), both=both)
+
+
+def test_jumps_need_a_network_that_is_told_their_end():
+  with pytest.raises(ValueError, match=r"needs `config.network.end_time=True`"):
+    read(sampling=dict(solver="mean_flow"))
+
+
+def test_a_student_that_jumps_is_rolled_out_so():
+  stage = read(
+    stages=("diffusion", "matching"),
+    diffusion=tiny.DIFFUSION | dict(network=dict(end_time=True)),
+    matching=tiny.SELF_FORCING
+    | dict(network=dict(end_time=True), sampling=dict(solver="mean_flow")),
+  ).stages["matching"]
+  assert all(o.solver == "mean_flow" for o in stage.objectives.values())
+  _eval_step(stage)
+
+
+def test_a_network_gets_its_second_time_when_handed_over(trained):
+  jumps = read(stages=("diffusion", "jumps"), jumps=tiny.MEAN_FLOW).stages
+  before = Checkpoints(trained / "diffusion").read(4).state["ema"]
+  after = jumps["jumps"].load_role("teacher", trained)
+  assert not after["end_embedding"]["down"]["kernel"].any()
+  del after["end_embedding"]
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def load(spec):
   return _experiment.read_experiment(_config.load_config(f"{CONFIGS}/{spec}"))
 
 
 @pytest.mark.parametrize(
-  "variant", ["quickstart", "from_scratch", "gpu", "teachers", "runlocal"]
+  "variant",
+  [
+    *("quickstart", "from_scratch", "gpu", "teachers", "runlocal"),
+    *("staged", "staged_runlocal"),
+  ],
 )
 def test_the_digits_configs_build(variant):
   experiment = load(f"moving_digits.py:{variant}")
@@ -197,13 +255,30 @@ def test_the_digits_configs_build(variant):
 
 
 def test_the_digits_stages_trace():
-  for stage in load("moving_digits.py:from_scratch").stages.values():
+  stages = load("moving_digits.py:from_scratch").stages
+  stages |= {"discrete": load("moving_digits.py:staged").stages["discrete"]}
+  for stage in stages.values():
     _eval_step(stage)
+
+
+@pytest.mark.parametrize("variant", ["staged", "staged_runlocal"])
+def test_the_digits_stages_follow_each_other(variant):
+  """dCM -> sCM -> SF-DMD, one student handed on, one teacher for both."""
+  stages = load(f"moving_digits.py:{variant}").stages
+  names = list(stages)[-3:]
+  assert names == ["discrete", "consistency", "self_forcing"]
+  discrete, consistency, matching = (stages[name].init for name in names)
+  assert discrete["student"] == discrete["teacher"] == consistency["teacher"]
+  assert consistency["student"] == "discrete"
+  assert matching["student"] == "consistency"
 
 
 @pytest.mark.parametrize(
   "variant",
-  ["tf", "df", "tf_dcm,c1-4", "tf_scm,14b,c1-1", "sf_dmd,2step_noisy,c1-1"],
+  [
+    *("tf", "df", "tf_dcm,c1-4", "tf_scm,14b,c1-1"),
+    *("sf_dmd,2step_noisy,c1-1", "tf_scm_sf_dmd,2step_noisy"),
+  ],
 )
 def test_the_papers_stages_trace_at_full_size(variant):
   (stage,) = load(f"paper.py:{variant}").stages.values()

@@ -12,10 +12,9 @@ References:
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from crcm_jax import losses
 from crcm_jax._typing import Array, Float, Params, PRNGKeyArray
@@ -49,6 +48,7 @@ class ContinuousConsistency:
       to 1; 0 for none.
     normaliser_eps: c above.
     tangent_pass: see `losses.continuous_consistency_loss`.
+    tangent_step: likewise.
     context_times: times of the student's context, as for `TeacherForcing`.
     loss_scale: factor of the loss.
   """
@@ -60,7 +60,8 @@ class ContinuousConsistency:
   time: TimeDistribution = DEFAULT_TIME
   tangent_warmup: int = 1000
   normaliser_eps: float = 0.1
-  tangent_pass: Literal["shared", "separate"] = "shared"
+  tangent_pass: losses.TangentPass = "shared"
+  tangent_step: float = losses.TANGENT_STEP
   context_times: tuple[float, ...] = (0.0,)
   loss_scale: float = 100.0
 
@@ -90,14 +91,8 @@ class ContinuousConsistency:
     context = _inputs.noisy_history(
       inputs.history, draws.context_noise, self.context_times, self.pattern
     )
-    teacher = _networks.guided_teacher(
-      lambda condition: _networks.teacher_forcing(
-        self.teacher, condition, self.pattern, inputs.history
-      ),
-      frozen["teacher"],
-      inputs.condition,
-      inputs.null_condition,
-      self.guidance,
+    teacher = _networks.causal_teacher(
+      self.teacher, frozen["teacher"], inputs, self.pattern, self.guidance
     )
     t = _inputs.per_frame(draws.t, inputs.x_0)
     loss, metrics = losses.continuous_consistency_loss(
@@ -109,15 +104,9 @@ class ContinuousConsistency:
       inputs.x_0,
       draws.noise,
       t,
-      tangent_weight=self._tangent_weight(counters, t),
+      tangent_weight=_inputs.warmed_up(self.tangent_warmup, counters, t),
       normaliser_eps=self.normaliser_eps,
       tangent_pass=self.tangent_pass,
+      tangent_step=self.tangent_step,
     )
     return self.loss_scale * loss, metrics
-
-  def _tangent_weight(self, counters: Counters, t: Array) -> Array:
-    """Returns r = min(1, iteration / tangent_warmup), in the times' dtype."""
-    if self.tangent_warmup == 0:
-      return jnp.ones((), t.dtype)
-    done = counters.iteration.astype(t.dtype) / self.tangent_warmup
-    return jnp.minimum(done, 1)

@@ -93,14 +93,8 @@ class DiscreteConsistency:
     """Returns the consistency loss of each example."""
     del counters
     inputs = _inputs.prepare(batch)
-    teacher = _networks.guided_teacher(
-      lambda condition: _networks.teacher_forcing(
-        self.teacher, condition, self.pattern, inputs.history
-      ),
-      frozen["teacher"],
-      inputs.condition,
-      inputs.null_condition,
-      self.guidance,
+    teacher = _networks.causal_teacher(
+      self.teacher, frozen["teacher"], inputs, self.pattern, self.guidance
     )
     loss, metrics = losses.discrete_consistency_loss(
       self._student(inputs, draws.context_noise),

@@ -9,6 +9,7 @@ from crcm_jax import losses, paths
 from crcm_jax._times import wide_dtype
 from crcm_jax._typing import Array, Bool, Float, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.training._counters import Counters
 
 
 class Inputs(NamedTuple):
@@ -93,6 +94,19 @@ def context_noise(
 ) -> Array | None:
   """Draws the noise of `noisy_history`; None where the context is clean."""
   return noise_like(key, x_0) if any(context_times) else None
+
+
+def warmed_up(warmup: int, counters: Counters, like: Array) -> Array:
+  """Returns min(1, iteration / warmup) in the dtype of `like`; 0 is no warm-up.
+
+  Args:
+    warmup: iterations over which the weight rises from 0 to 1.
+    counters: where the training is.
+    like: gives the dtype.
+  """
+  if warmup == 0:
+    return jnp.ones((), like.dtype)
+  return jnp.minimum(counters.iteration.astype(like.dtype) / warmup, 1)
 
 
 def _along(flags: Bool[Array, "b"], x: Array) -> Array:

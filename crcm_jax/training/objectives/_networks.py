@@ -9,6 +9,7 @@ import jax
 from crcm_jax import guidance
 from crcm_jax._typing import Array, ParametricVelocity, Params, Velocity
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.training.objectives import _inputs
 
 
 def bidirectional(network: Any, condition: Any) -> ParametricVelocity:
@@ -41,6 +42,58 @@ def teacher_forcing(
     pattern=pattern,
     context=context,
     context_t=context_t,
+  )
+
+
+def mean_velocity(
+  network: Any,
+  condition: Any,
+  pattern: ChunkPattern,
+  context: Array,
+  context_t: Array | None = None,
+) -> Callable[[Params, Array, Array, Array], Array]:
+  """Returns `u(params, x, t, end_time)` in which chunks see the past."""
+  return lambda params, x, t, end_time: network.apply(
+    {"params": params},
+    x,
+    t,
+    condition,
+    pattern=pattern,
+    context=context,
+    context_t=context_t,
+    end_time=end_time,
+  )
+
+
+def causal_teacher(
+  network: Any,
+  params: Params,
+  inputs: _inputs.Inputs,
+  pattern: ChunkPattern,
+  scale: float,
+) -> Velocity:
+  """Returns a causal teacher that sees the clean past, with guidance."""
+  return guided_teacher(
+    lambda condition: teacher_forcing(
+      network, condition, pattern, inputs.history
+    ),
+    params,
+    inputs.condition,
+    inputs.null_condition,
+    scale,
+  )
+
+
+def bidirectional_teacher(
+  network: Any, params: Params, inputs: _inputs.Inputs, scale: float
+) -> Velocity:
+  """Returns a teacher in which every frame sees every frame, with guidance."""
+  return guided_teacher(
+    functools.partial(bidirectional, network),
+    params,
+    inputs.condition,
+    inputs.null_condition,
+    scale,
   )
 
 

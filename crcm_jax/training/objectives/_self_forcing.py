@@ -71,7 +71,8 @@ class _Simulation:
     pattern: how frames form chunks.
     mid_times: for each chunk, the times between 1 and 0 of its denoising
       steps; the last one serves all further chunks.
-    context: what the cache keeps of a finished chunk; see `sampling.rollout`.
+    solver: how a denoising step leads to the next; see `sampling.rollout`.
+    context: what the cache keeps of a finished chunk; likewise.
     context_start: with "last_step", the first chunk that is kept noisy.
     time: law of the times at which videos are scored.
     loss_scale: factor of the loss.
@@ -80,6 +81,7 @@ class _Simulation:
   student: Any
   pattern: ChunkPattern
   mid_times: tuple[tuple[float, ...], ...] = ((15 / 16, 5 / 6, 5 / 8),)
+  solver: Literal["consistency", "mean_flow"] = "consistency"
   context: Literal["clean", "last_step"] = "clean"
   context_start: int = 0
   time: TimeDistribution = DEFAULT_TIME
@@ -133,6 +135,7 @@ class _Simulation:
       self.pattern,
       times,
       counts,
+      solver=self.solver,
       context=self.context,
       context_start=self.context_start,
       context_noise=draws.context_noise,
@@ -203,12 +206,8 @@ class SelfForcing(_Simulation):
     )
 
   def _real(self, frozen, inputs):
-    return _networks.guided_teacher(
-      functools.partial(_networks.bidirectional, self.real),
-      frozen["real"],
-      inputs.condition,
-      inputs.null_condition,
-      self.guidance,
+    return _networks.bidirectional_teacher(
+      self.real, frozen["real"], inputs, self.guidance
     )
 
   def _fake(self, frozen, inputs):
