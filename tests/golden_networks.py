@@ -48,11 +48,11 @@ def check_case(file, case, per_example, grads):
   parity.check_each(name, "loss", per_example, case["loss_per_sample"])
   model, _ = network("student")
   ours = models.params_to_torch(grads, model.config)
-  norm = np.linalg.norm(_flat(ours))
+  norm = np.linalg.norm(flat(ours))
   parity.check(name, "norm", norm, case["grad_norm"], "gradient")
   if recorded := case.grads():
     assert recorded.keys() == ours.keys()
-    parity.check(name, "gradient", _flat(ours), _flat(recorded), "gradient")
+    parity.check(name, "gradient", flat(ours), flat(recorded), "gradient")
   elif "grad_sketch" in case:
     want = case["grad_sketch"]
     parity.check(name, "sketch", sketch(ours), want, "gradient")
@@ -64,14 +64,14 @@ def sketch(arrays):
   The distance of two sketches estimates the distance of what they are of, to
   about 20 %. They stand for gradients that would take too much room.
   """
-  flat = _flat(arrays)
-  draws = np.random.PCG64(0).random_raw(SKETCH * (flat.size // 64 + 1))
+  numbers = flat(arrays)
+  draws = np.random.PCG64(0).random_raw(SKETCH * (numbers.size // 64 + 1))
   bits = np.unpackbits(draws.astype("<u8").view(np.uint8))
-  signs = 2.0 * bits.reshape(SKETCH, -1)[:, : flat.size] - 1
-  return signs @ flat / np.sqrt(SKETCH)
+  signs = 2.0 * bits.reshape(SKETCH, -1)[:, : numbers.size] - 1
+  return signs @ numbers / np.sqrt(SKETCH)
 
 
-def _flat(arrays):
+def flat(arrays):
   """Returns all numbers of named arrays in the order of the names."""
   parts = [np.ravel(arrays[name]) for name in sorted(arrays)]
   return np.concatenate(parts).astype(np.float64)
