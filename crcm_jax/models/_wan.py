@@ -261,13 +261,22 @@ class Wan(nn.Module):
     return layers(self.blocks, carry, xs)
 
   def _stream(self, x: Latents, t: Float[Array, "#b #f"]) -> Stream:
-    island = self.config.precision(x.dtype).island
+    precision = self.config.precision(x.dtype)
     patches = patchify(self._compute(x, x), self.config.patch)
-    tokens = self.patch_embedding(patches).astype(island)
-    features = sinusoid(t, self.config.freq_width, scale=self.config.time_scale)
-    e = self.time_embedding(features.astype(island))
+    tokens = self.patch_embedding(patches).astype(precision.residual)
+    e = self.time_embedding(self._time_features(t, precision.island))
     e_6 = self.time_projection(nn.silu(e))
     return Stream(tokens, e, e_6.reshape(*t.shape, 6, -1))
+
+  def _time_features(self, t: Array, dtype: Any) -> Array:
+    config = self.config
+    features = sinusoid(
+      t,
+      config.freq_width,
+      scale=config.time_scale,
+      bfloat16=config.bfloat16_times,
+    )
+    return features.astype(dtype)
 
   def _boundaries(self, pattern: ChunkPattern, x: Latents) -> tuple[int, ...]:
     tokens = self.config.tokens_per_frame(*x.shape[2:4])
