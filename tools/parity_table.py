@@ -9,6 +9,7 @@ a second call reads instead of running the tests again.
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import os
@@ -78,17 +79,25 @@ def run_tests(errors: pathlib.Path, golden: str | None) -> None:
   )
 
 
-def read_rows(errors: pathlib.Path) -> dict[str, dict]:
-  """Returns what each case lists, and its largest errors."""
-  rows = collections.defaultdict(lambda: {"what": {}})
+@dataclasses.dataclass
+class Row:
+  """What one recording holds that was compared, and its largest errors."""
+
+  what: dict[str, None] = dataclasses.field(default_factory=dict)
+  errors: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+
+
+def read_rows(errors: pathlib.Path) -> dict[str, Row]:
+  """Returns the rows of the table."""
+  rows = collections.defaultdict(Row)
   for line in errors.read_text(encoding="utf-8").splitlines():
     record = json.loads(line)
     row = rows[_row(record["case"], record["what"])]
-    row["what"][record["what"]] = None
+    row.what[record["what"]] = None
     kind = "gradient" if record["kind"] == "gradient" else "value"
     for mode in {"x64", "float32"} & record.keys():
       key = (kind, mode)
-      row[key] = max(row.get(key, 0.0), record[mode])
+      row.errors[key] = max(row.errors.get(key, 0.0), record[mode])
   return rows
 
 
@@ -111,7 +120,7 @@ def recorded_cases(golden: str | None) -> set[str]:
   return names
 
 
-def write_page(rows: dict[str, dict], complete: bool) -> None:
+def write_page(rows: dict[str, Row], complete: bool) -> None:
   """Writes the table."""
   command = "python tools/parity_table.py"
   command += " --golden FOLDER" if complete else ""
@@ -132,16 +141,16 @@ def write_page(rows: dict[str, dict], complete: bool) -> None:
   ]
   for name in sorted(rows):
     row = rows[name]
-    what = "286 masks" if name == "masks" else ", ".join(row["what"])
-    cells = (_cell(row.get(column)) for column in COLUMNS)
+    what = "286 masks" if name == "masks" else ", ".join(row.what)
+    cells = (_cell(row.errors.get(column)) for column in COLUMNS)
     lines.append(f"| `{name}` | {what} | {' | '.join(cells)} |")
   PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _largest(rows: dict[str, dict]) -> str:
+def _largest(rows: dict[str, Row]) -> str:
   parts = []
   for kind, mode in COLUMNS:
-    error = max(row.get((kind, mode), 0.0) for row in rows.values())
+    error = max(row.errors.get((kind, mode), 0.0) for row in rows.values())
     parts.append(f"{mode} {kind}s {_cell(error)}")
   return ", ".join(parts)
 
