@@ -54,7 +54,7 @@ def rope_angles(
 
   Returns:
     Angles in radians, time pairs first, then rows, then columns. Whole turns
-    are left out, so that they are exact at any position.
+    are left out, which keeps the digits of far positions.
   """
   shape = (frames, rows, columns)
   positions = [
