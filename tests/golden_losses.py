@@ -1,7 +1,5 @@
 """What the golden tests of losses share: times, texts, gradients."""
 
-import functools
-
 import golden_networks
 import jax
 import jax.numpy as jnp
@@ -11,10 +9,6 @@ from parity import GOLDEN, real
 from crcm_jax import paths
 from crcm_jax.testing import golden
 from crcm_jax.time_sampling import LogNormal, ShiftedUniform
-
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def fast(file, *names):

@@ -16,7 +16,6 @@ import pytest
 from golden_losses import (
   draw_time,
   fast,
-  jit,
   law,
   neighbouring_times,
   per_frame,
@@ -26,6 +25,7 @@ from golden_losses import (
 )
 from golden_networks import check_case, load, network, video
 from parity import real
+from quick_jit import quick_jit
 
 from crcm_jax import guidance, losses, paths
 from crcm_jax.time_sampling import monotone_from_draws
@@ -67,7 +67,7 @@ def guided(params, texts, pattern, x_0, scale):
   return guidance.classifier_free(v_c, v_u, scale)
 
 
-@functools.partial(jit, static_argnames="pattern")
+@functools.partial(quick_jit, static_argnames="pattern")
 def flow_matching(params, x_0, noise, t, weight, text, ctx, *, pattern):
   velocity = lambda p, x, t: causal(p, text, pattern, *ctx)(x, t)
   loss = functools.partial(losses.flow_matching_loss, velocity, weight=weight)
@@ -122,7 +122,7 @@ def test_diffusion_forcing(name):
   check_case("df", case, loss, grads)
 
 
-@functools.partial(jit, static_argnames=("pattern", "guided_by"))
+@functools.partial(quick_jit, static_argnames=("pattern", "guided_by"))
 def discrete(
   params, teacher, x_0, noise, times, texts, ctx, ctx_end, *, pattern, guided_by
 ):
@@ -170,7 +170,7 @@ def test_discrete_consistency(name):
 
 
 @functools.partial(
-  jit, static_argnames=("pattern", "guided_by", "tangent_pass")
+  quick_jit, static_argnames=("pattern", "guided_by", "tangent_pass")
 )
 def continuous(
   params,

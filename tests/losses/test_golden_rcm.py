@@ -10,7 +10,6 @@ import pytest
 from golden_losses import (
   draw_time,
   fast,
-  jit,
   law,
   neighbouring_times,
   per_frame,
@@ -20,6 +19,7 @@ from golden_losses import (
 )
 from golden_networks import check_case, load, network, video
 from parity import real
+from quick_jit import quick_jit
 
 from crcm_jax import guidance, losses, paths, sampling
 
@@ -43,7 +43,7 @@ def guided(params, texts, scale):
   return guidance.classifier_free(v_c, v_u, scale)
 
 
-@functools.partial(jit, static_argnames=("loss", "guided_by"))
+@functools.partial(quick_jit, static_argnames=("loss", "guided_by"))
 def consistency(
   params, teacher, x_0, noise, t, texts, settings, *, loss, guided_by
 ):
@@ -123,7 +123,7 @@ def score_arguments(case):
   return times, noises, video(case, "draw/D_eps"), per_frame(t, case)
 
 
-@functools.partial(jit, static_argnames="guided_by")
+@functools.partial(quick_jit, static_argnames="guided_by")
 def matching(params, real, fake, texts, times, noises, noise, t, *, guided_by):
   def total(params):
     samples = roll_out(bidirectional(params, texts[0]), times, noises)
@@ -167,7 +167,7 @@ def test_distribution_matching(name):
   check_case("rcm_dmd", case, loss, grads)
 
 
-@jit
+@quick_jit
 def critic(fake, student, text, times, noises, noise, t):
   samples = roll_out(bidirectional(student, text), times, noises)
   angle = paths.angle_from_time(t)
@@ -220,7 +220,7 @@ def test_sampler():
   parity.check("rcm_dmd/sampler_4step_c1-1", "times", expected, angles)
   times = np.asarray(paths.time_from_angle(angles))
 
-  @jit
+  @quick_jit
   def sample(params, text, noise, step_noise):
     return sampling.consistency_sample(
       bidirectional(params, text),

@@ -9,7 +9,7 @@ import numpy as np
 import parity
 import pytest
 from parity import GOLDEN, real
-from tiny_wan import jit
+from quick_jit import quick_jit as jit
 
 from crcm_jax import ChunkPattern, models
 from crcm_jax.models import _layers, _patches, _rope, _time

@@ -7,7 +7,7 @@ import parity
 import pytest
 from golden_networks import load, network, video
 from parity import GOLDEN, real
-from tiny_wan import jit
+from quick_jit import quick_jit
 
 from crcm_jax import guidance, sampling
 from crcm_jax.testing import GaussianTeacher, golden
@@ -49,7 +49,7 @@ def test_the_bidirectional_teacher_samples_as_the_references():
   )
   model, params = network("bidirectional_teacher")
 
-  @jit
+  @quick_jit
   def sample(params, noise, *texts):
     def under(text):
       per_frame = lambda t: jnp.repeat(t[:, None], noise.shape[1], axis=1)
