@@ -215,6 +215,8 @@ def _spacing(
 
 
 def _inside(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-  """Clips to the open interval (0, 1), by the dtype's epsilon."""
-  eps = jnp.finfo(p.dtype).eps
-  return jnp.clip(p, eps, 1 - eps)
+  """Clips to the open interval (0, 1): 2^-52 to 1 minus the dtype's epsilon.
+
+  Near 0 every float has digits to spare, near 1 not.
+  """
+  return jnp.clip(p, 2.0**-52, 1 - jnp.finfo(p.dtype).eps)

@@ -32,6 +32,13 @@ def _strict_promotion(request):
     yield
 
 
+@pytest.fixture(params=["x64", pytest.param("float32", marks=pytest.mark.slow)])
+def precision(request):
+  """Runs a test with x64, and without it (slow)."""
+  with jax.enable_x64(request.param == "x64"):
+    yield request.param
+
+
 @pytest.fixture
 def unchecked():
   """Turns the run-time type checks off, to reach a function's own errors."""

@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_networks import f64, network, pattern, video
+from golden_networks import network, pattern, video
+from parity import real
 from quick_jit import quick_jit
 
 from crcm_jax.data import Batch
@@ -59,8 +60,8 @@ def frozen():
 def batch(case):
   return Batch(
     x_0=video(case, "x0"),
-    condition=f64(case["crossattn_emb"]),
-    null_condition=f64(case["uncond_crossattn_emb"]),
+    condition=real(case["crossattn_emb"]),
+    null_condition=real(case["uncond_crossattn_emb"]),
   )
 
 
@@ -79,9 +80,9 @@ def draws(case, rules, t):
   return SelfForcingDraws(
     step_noise=jnp.stack(step_noise),
     context_noise=(
-      f64(context_noise) if rules["context"] == "last_step" else None
+      real(context_noise) if rules["context"] == "last_step" else None
     ),
-    t=f64(t).reshape(-1),
+    t=real(t).reshape(-1),
     noise=noise,
   )
 

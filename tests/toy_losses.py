@@ -18,6 +18,11 @@ def teacher(x, t):
   return jnp.sin(x) * (1 - t[..., None])
 
 
+def fake(x, t):
+  """The fake score, another than the teacher."""
+  return jnp.cos(x) + 0 * t[..., None]
+
+
 def mean_velocity(params, x, t, end_time):
   return velocity(params, x, t) * (1 + end_time[..., None])
 
@@ -33,10 +38,12 @@ def _times(t, steps=2):
   return jnp.stack([t * (1 - 0.1 * k) for k in range(steps + 1)], axis=-1)
 
 
-def _distribution_matching(v, params, frozen, x_0, noise, t, **settings):
+def _distribution_matching(
+  v, params, frozen, x_0, noise, t, fake=fake, **settings
+):
   sample = x_0 - t[..., None] * v(params, x_0, t)
   return losses.distribution_matching_loss(
-    sample, noise, t, frozen, teacher, **settings
+    sample, noise, t, frozen, fake, **settings
   )
 
 

@@ -8,7 +8,11 @@ f of the fake score and r of the real one at `(x_t, t)`,
 
 `f - r = t^2 / (1 - t) (score_fake - score_real)`, so the gradient descends
 the Kullback-Leibler divergence between the diffused samples and the diffused
-data. The target is a function of its own, because a rollout too long to
+data. Both differences are taken of velocities, where x_t has cancelled:
+
+    f - r = t (v_real - v_fake),    x_0 - r = t (v_real - (noise - x_0)).
+
+The target is a function of its own, because a rollout too long to
 differentiate at once is replayed against it.
 
 References:
@@ -112,13 +116,15 @@ def distribution_matching_target(
   x_0 = jax.lax.stop_gradient(x_0)
   student_finite = _examples.finite_examples(x_0)
   x_t = paths.interpolate(x_0, noise, t)
-  f, r = (
-    paths.data_prediction(x_t, _examples.check_velocity(v, x_t, name), t)
+  v_fake, v_real = (
+    _examples.check_velocity(v, x_t, name)
     for v, name in ((fake(x_t, t), "fake"), (real(x_t, t), "real"))
   )
-  distance = _examples.weighted_mean(jnp.abs(wide(x_0) - r), frame_weight)
+  time = expand(t, x_t)
+  error = time * jnp.abs(v_real - (wide(noise) - wide(x_0)))
+  distance = _examples.weighted_mean(error, frame_weight)
   scale = jnp.maximum(distance, SMALLEST_SCALE)
-  direction = (f - r) / expand(scale, x_0)
+  direction = time * (v_real - v_fake) / expand(scale, x_0)
 
   keep = _examples.finite_examples(direction)
   target = wide(x_0) - direction

@@ -148,5 +148,13 @@ def mean_over_features(
 
 
 def norm(x: Array, frame_weight: Array | None) -> Float[Array, "b"]:
-  """Returns each example's Euclidean norm, weighting squared frames."""
-  return jnp.sqrt(weighted_sum(jnp.square(x), frame_weight))
+  """Returns each example's Euclidean norm, weighting squared frames.
+
+  Squares are taken of `x` over its largest element, so that a large tangent
+  does not overflow.
+  """
+  axes = tuple(range(1, x.ndim))
+  largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axes)
+  size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  square = jnp.square(x / expand(size, x))
+  return size * jnp.sqrt(weighted_sum(square, frame_weight))

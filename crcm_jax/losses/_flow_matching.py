@@ -8,6 +8,7 @@ not in the loss. The critic of distribution matching is the same regression on
 the student's samples, reduced otherwise.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -138,8 +139,11 @@ def critic_loss(
 def gaussian_bell_weight(
   t: Float[Array, "*frames"],
 ) -> Float[Array, "*frames"]:
-  """Returns `exp(-2 (t - 1/2)^2) - exp(-1/2)`: 0 at both ends of time."""
-  return jnp.exp(-2 * jnp.square(t - 0.5)) - jnp.exp(jnp.asarray(-0.5, t.dtype))
+  """Returns `exp(-2 (t - 1/2)^2) - exp(-1/2)`: 0 at both ends of time.
+
+  Written as `exp(-1/2) (exp(2 t (1 - t)) - 1)`, which keeps its digits there.
+  """
+  return math.exp(-0.5) * jnp.expm1(2 * t * (1 - t))
 
 
 def _squared_error(

@@ -7,33 +7,42 @@ Models", arXiv 2503.20314) comes in two sizes, given here as presets.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
 from crcm_jax.models._remat import REMAT_POLICIES
 
 
-class Precision(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
   """The dtypes of one forward pass; the only precision policy.
 
   Matrix products and attention run in `compute`. The residual stream and the
   *islands* are at least float32: the time path (sinusoid, MLPs, modulation),
   LayerNorm and RMSNorm, rotary embedding, gates, and the output head. Times
   never become bfloat16: the reference rounds 1000 t = 750 to 752, which moves
-  the network off the point whose velocity the loss asks for.
+  the network off the point whose velocity the loss asks for
+  (`WanConfig.bfloat16_times` restores it).
 
   The reference's two networks differ in bfloat16 (SPEC section 13): its plain
   network gates in bfloat16, the one that carries tangents gates in float32 and
   runs its feed-forward layers in float32 as well. We follow the latter in the
   residual stream, whose rounding a tangent magnifies, and the former in the
   feed-forward products, which cost most of the time.
+
+  Attributes:
+    params: dtype in which parameters are kept; each layer casts them to the
+      dtype it computes in.
+    compute: dtype of matrix products and attention.
+    residual: dtype of the residual stream, at least float32.
+    island: dtype of the islands, at least float32.
   """
 
+  params: Any
   compute: Any
-  """dtype of matrix products and attention."""
+  residual: Any
   island: Any
-  """dtype of the residual stream and the islands, at least float32."""
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -67,6 +76,9 @@ class WanConfig:
     dtype: dtype of matrix products and attention (see `Precision`); float32
       stands for at least float32, so float64 inputs stay float64.
     param_dtype: dtype of freshly initialised parameters.
+    bfloat16_times: whether scaled times are rounded to bfloat16 (625 to 624,
+      750 to 752), as the original does in training and sampling. Set it to go
+      on with weights that were trained so and to reproduce their samples.
 
   Raises:
     ValueError: if sizes do not fit each other or `remat` is unknown.
@@ -88,6 +100,7 @@ class WanConfig:
   remat: str | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  bfloat16_times: bool = False
 
   def __post_init__(self):
     for name in ("dtype", "param_dtype"):
@@ -122,7 +135,9 @@ class WanConfig:
     """Returns the dtypes of a forward pass on inputs of `dtype`."""
     island = at_least_float32(dtype)
     compute = island if self.dtype == jnp.float32 else self.dtype
-    return Precision(compute, island)
+    return Precision(
+      params=self.param_dtype, compute=compute, residual=island, island=island
+    )
 
   def tokens_per_frame(self, height: int, width: int) -> int:
     """Returns the tokens of one latent frame of `height` x `width`.

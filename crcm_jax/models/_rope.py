@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax._typing import Array, Float, Int
+from crcm_jax.models._phases import phases
 
 BASE = 10000.0
 
@@ -41,7 +42,7 @@ def rope_angles(
   first_frame: int | Int[Array, ""] = 0,
   dtype: Any = jnp.float32,
 ) -> Float[Array, "s pairs"]:
-  """Computes the angle of every feature pair of every token.
+  """Computes the angle of every feature pair of every token, up to 2 pi.
 
   Args:
     frames: latent frames; tokens run over frames, then rows, then columns.
@@ -52,7 +53,8 @@ def rope_angles(
     dtype: dtype of the angles, at least float32.
 
   Returns:
-    Angles in radians, time pairs first, then rows, then columns.
+    Angles in radians, time pairs first, then rows, then columns. Whole turns
+    are left out, which keeps the digits of far positions.
   """
   shape = (frames, rows, columns)
   positions = [
@@ -63,7 +65,7 @@ def rope_angles(
   angles = []
   for axis, width in enumerate(axis_widths(head_width)):
     rates = BASE ** (-np.arange(0, width, 2) / max(width, 1))
-    angle = positions[axis][:, None] * jnp.asarray(rates, dtype)[None]
+    angle = phases(positions[axis], rates)
     along = [1, 1, 1, width // 2]
     along[axis] = shape[axis]
     angles.append(jnp.broadcast_to(angle.reshape(along), (*shape, width // 2)))

@@ -282,19 +282,25 @@ class Wan(nn.Module):
     t: Float[Array, "#b #f"],
     end_time: Times | None = None,
   ) -> Stream:
-    island = self.config.precision(x.dtype).island
+    precision = self.config.precision(x.dtype)
     patches = patchify(self._compute(x, x), self.config.patch)
-    tokens = self.patch_embedding(patches).astype(island)
-    e = self.time_embedding(self._time_features(t, island))
+    tokens = self.patch_embedding(patches).astype(precision.residual)
+    e = self.time_embedding(self._time_features(t, precision.island))
     if self.config.end_time:
       end = jnp.zeros_like(t) if end_time is None else end_time
-      e = e + self.end_embedding(self._time_features(end, island))
+      end_features = self._time_features(end, precision.island)
+      e = e + self.end_embedding(end_features)
     e_6 = self.time_projection(nn.silu(e))
     return Stream(tokens, e, e_6.reshape(*t.shape, 6, -1))
 
   def _time_features(self, t: Array, dtype: Any) -> Array:
     config = self.config
-    features = sinusoid(t, config.freq_width, scale=config.time_scale)
+    features = sinusoid(
+      t,
+      config.freq_width,
+      scale=config.time_scale,
+      bfloat16=config.bfloat16_times,
+    )
     return features.astype(dtype)
 
   def _boundaries(self, pattern: ChunkPattern, x: Latents) -> tuple[int, ...]:

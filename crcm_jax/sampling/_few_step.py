@@ -21,6 +21,8 @@ def consistency_sample(
   noise: Float[Array, "b *shape"],
   times: Float[np.ndarray, "times"] | Float[Array, "times"],
   step_noise: Float[Array, "between b *shape"],
+  *,
+  initial_scale: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "b *shape"]:
   """Samples in a few steps, with fresh noise between them.
 
@@ -30,6 +32,9 @@ def consistency_sample(
     times: decreasing times that end at 0; `few_step_schedule` makes them.
     step_noise: one standard normal draw for each time between the first and
       the last, `[len(times) - 2, b, ...]`.
+    initial_scale: factor of `noise` at the first time t_0; None is t_0 itself.
+      A sampler in TrigFlow angles starts at `x_a = noise`, which is
+      `1 / (cos a_0 + sin a_0)`.
 
   Returns:
     The samples, in at least float32.
@@ -59,5 +64,6 @@ def consistency_sample(
 
   t = jnp.asarray(times, noise.dtype)
   fresh = jnp.concatenate([step_noise, last])
-  x, _ = jax.lax.scan(step, t[0] * noise, (t[:-1], t[1:], fresh))
+  scale = t[0] if initial_scale is None else jnp.asarray(initial_scale, t.dtype)
+  x, _ = jax.lax.scan(step, scale * noise, (t[:-1], t[1:], fresh))
   return x

@@ -1,42 +1,42 @@
 """Paths: golden time maps, closed forms, and the two parameterisations."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import GOLDEN, real
 
-from crcm_jax import paths
+from crcm_jax import losses, paths
 from crcm_jax.testing import golden
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 MISC = golden.load(GOLDEN / "misc.npz")
 unit = st.floats(0, 1, width=32)
 
 
+def check(name, got):
+  parity.check("misc", name, got, MISC[name])
+
+
+@pytest.mark.usefixtures("precision")
 def test_angles_and_times_match_the_reference():
-  with jax.enable_x64(True):
-    t = jnp.asarray(MISC["rf_t"])
-    angle = jnp.asarray(MISC["trigwrap_t"])
-    np.testing.assert_allclose(
-      paths.angle_from_time(t), MISC["rf_to_trig"], rtol=1e-12
-    )
-    np.testing.assert_allclose(
-      paths.time_from_angle(angle), MISC["trig_to_rf_of_trigwrap_t"], rtol=1e-12
-    )
+  t, angle = real(MISC["rf_t"]), real(MISC["trigwrap_t"])
+  check("rf_to_trig", paths.angle_from_time(t))
+  check("trig_to_rf_of_trigwrap_t", paths.time_from_angle(angle))
+  sigma = jnp.tan(paths.angle_from_time(t[:-1]))  # the last one is infinite
+  parity.check("misc", "rf_to_sigma", sigma, MISC["rf_to_sigma"][:-1])
+  check("gaussian_bell_w_of_rf_t", losses.gaussian_bell_weight(t))
 
 
-@pytest.mark.parametrize("shift", [1, 3, 5])
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("shift", [0, 1, 3, 5])
 def test_shifts_match_the_reference(shift):
-  with jax.enable_x64(True):
-    t = jnp.asarray(MISC["rf_t"])
-    for name, k in (("shift", float(shift)), ("inverse_shift", 1 / shift)):
-      np.testing.assert_allclose(
-        paths.shift_time(t, k), MISC[f"{name}_{shift}"], rtol=1e-12
-      )
+  t = real(MISC["rf_t"])
+  k = float(shift or 1)  # the reference's 0 is no shift
+  check(f"shift_{shift}", paths.shift_time(t, k))
+  check(f"inverse_shift_{shift}", paths.shift_time(t, 1 / k))
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,21 +82,40 @@ def test_trigflow_is_the_same_path_at_another_scale():
   )
 
 
+def _trigflow_f(angle):
+  """Returns F(x, a) of a velocity, from the library's wrapper."""
+  velocity = lambda x_t, t: jnp.sin(3 * x_t) + t
+  x = jnp.linspace(-2, 2, angle.size)
+  return x, paths.trigflow_velocity(velocity)(x, angle)
+
+
+@pytest.mark.usefixtures("precision")
 def test_trigflow_velocity_has_the_references_coefficients():
   """F = (cos a x - c_skip x - c_out v(c_in x)) / sin a, in the reference."""
-  with jax.enable_x64(True):
-    inner = slice(2, -1)  # the reference divides by sin a
-    angle = jnp.asarray(MISC["trigwrap_t"][inner])
-    c_skip, c_out, c_in = (
-      MISC[f"trigwrap_{name}"][inner] for name in ("c_skip", "c_out", "c_in")
-    )
-    x = jnp.linspace(-2, 2, angle.size)
-    f = paths.trigflow_velocity(lambda x_t, t: jnp.sin(3 * x_t) + t)(x, angle)
-    t = MISC["trigwrap_c_noise"][inner] / 1000
-    expected = (
-      np.cos(angle) * x - c_skip * x - c_out * (np.sin(3 * c_in * x) + t)
-    )
-    np.testing.assert_allclose(f, expected / np.sin(angle), rtol=1e-9)
+  inner = slice(2, -1)  # the reference divides by sin a
+  a = MISC["trigwrap_t"][inner]
+  c_skip, c_out, c_in, c_noise = (
+    MISC[f"trigwrap_{name}"][inner]
+    for name in ("c_skip", "c_out", "c_in", "c_noise")
+  )
+  x, f = _trigflow_f(real(a))
+  x = np.asarray(x, np.float64)
+  v = np.sin(3 * c_in * x) + c_noise / 1000
+  expected = (np.cos(a) * x - c_skip * x - c_out * v) / np.sin(a)
+  parity.check("misc", "trigwrap (F)", f, expected)
+
+
+@pytest.mark.usefixtures("precision")
+def test_trigflow_times_have_the_references_derivatives():
+  """c_in = 1 / (cos a + sin a) and the time, by forward differentiation."""
+  angle = real(MISC["trigwrap_t"])
+  along = (angle,), (jnp.ones_like(angle),)
+  c_in = lambda a: 1 / (jnp.cos(a) + jnp.sin(a))
+  time = lambda a: 1000 * paths.time_from_angle(a)
+  for name, function in (("c_in", c_in), ("c_noise", time)):
+    value, slope = jax.jvp(function, *along)
+    check(f"trigwrap_{name}", value)
+    check(f"trigwrap_d{name}_dt", slope)
 
 
 def test_a_shift_that_is_not_positive_is_refused():

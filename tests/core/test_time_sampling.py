@@ -1,19 +1,18 @@
 """Training-time laws: golden values, inverses, and FoPP."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import GOLDEN, real
 
 from crcm_jax import time_sampling
 from crcm_jax.testing import golden
 from crcm_jax.time_sampling import LogNormal, ShiftedUniform
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 MISC = golden.load(GOLDEN / "misc.npz")
 LAWS = {
   "lognormal_-0.8_1.6": LogNormal(-0.8, 1.6),
@@ -25,33 +24,34 @@ LAWS = {
 monotone = jax.jit(time_sampling.monotone, static_argnums=(1, 2, 3))
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("name", LAWS)
 def test_laws_match_the_reference(name):
   law = LAWS[name]
-  with jax.enable_x64(True):
-    raw = jnp.asarray(MISC[f"sample_{name}_raw"].astype(np.float64))
-    pairs = (
-      (law.from_raw(raw), f"sample_{name}_t"),
-      (law.cdf(jnp.asarray(MISC["rf_t"])), f"cdf_{name}"),
-      (law.icdf(jnp.asarray(MISC["icdf_u"])), f"icdf_{name}"),
-    )
-    for ours, recorded in pairs:
-      # The reference's erfinv(2 u - 1) loses digits at u = 1e-9, ours does not.
-      np.testing.assert_allclose(
-        ours, MISC[recorded], rtol=1e-9, atol=1e-12, err_msg=recorded
-      )
+  raw, t, u = (
+    real(MISC[key]) for key in (f"sample_{name}_raw", "rf_t", "icdf_u")
+  )
+  parity.check(
+    "misc", f"sample_{name}", law.from_raw(raw), MISC[f"sample_{name}_t"]
+  )
+  parity.check("misc", f"cdf_{name}", law.cdf(t), MISC[f"cdf_{name}"])
+  # Between 1 - 1e-9 and 1 float32 has no number.
+  held = jnp.abs(u - 0.5) <= 0.5 - 8 * jnp.finfo(u.dtype).eps
+  recorded = MISC[f"icdf_{name}"][held]
+  parity.check("misc", f"icdf_{name}", law.icdf(u[held]), recorded)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(
   ("name", "law"),
   [("us5", ShiftedUniform(5.0)), ("ln", LogNormal(-0.8, 1.6))],
 )
 def test_monotone_matches_the_reference(name, law):
-  draws = ("anchor_idx", "anchor_t", "fopp_exp_0", "fopp_exp_1")
-  with jax.enable_x64(True):
-    recorded = [jnp.asarray(MISC[f"fopp_{name}_{draw}"]) for draw in draws]
-    t = time_sampling.monotone_from_draws(law, *recorded)
-    np.testing.assert_allclose(t, MISC[f"fopp_{name}_t"], rtol=1e-9)
+  anchor = jnp.asarray(MISC[f"fopp_{name}_anchor_idx"])
+  draws = ("anchor_t", "fopp_exp_0", "fopp_exp_1")
+  recorded = (real(MISC[f"fopp_{name}_{draw}"]) for draw in draws)
+  t = time_sampling.monotone_from_draws(law, anchor, *recorded)
+  parity.check("misc", f"fopp_{name}", t, MISC[f"fopp_{name}_t"])
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,19 +1,19 @@
-"""The reference's masked attention and its tangent, in float64."""
+"""The reference's masked attention and its tangent."""
 
 import json
-import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
+from parity import GOLDEN, real
 
 from crcm_jax import kernels
 
-GOLDEN = np.load(
-  pathlib.Path(__file__).parent.parent / "golden" / "attention.npz"
-)
-INDEX = {r["key"]: r for r in json.loads(str(GOLDEN["index"]))}
+ATTENTION = np.load(GOLDEN / "attention.npz")
+INDEX = {r["key"]: r for r in json.loads(str(ATTENTION["index"]))}
+
+pytestmark = pytest.mark.usefixtures("precision")
 
 
 def mask_of(record):
@@ -37,15 +37,11 @@ def mask_of(record):
 
 @pytest.mark.parametrize("key", INDEX)
 def test_output_and_tangent(key):
-  """Golden: NVlabs/rcm's JVP attention at ed3cb14, run in float64."""
-  with jax.enable_x64(True):
-    load = lambda names: tuple(
-      jnp.asarray(GOLDEN[f"{key}/{name}"], jnp.float64) for name in names
-    )
-    attend = jax.jit(
-      lambda q, k, v: kernels.attention(q, k, v, mask=mask_of(INDEX[key]))
-    )
-    primals, tangents = load(("q", "k", "v")), load(("tq", "tk", "tv"))
-    o, to = jax.jvp(attend, primals, tangents)
-  np.testing.assert_allclose(o, GOLDEN[f"{key}/o"], rtol=0, atol=1e-13)
-  np.testing.assert_allclose(to, GOLDEN[f"{key}/to"], rtol=0, atol=1e-12)
+  load = lambda *names: tuple(real(ATTENTION[f"{key}/{n}"]) for n in names)
+  attend = jax.jit(
+    lambda q, k, v: kernels.attention(q, k, v, mask=mask_of(INDEX[key]))
+  )
+  o, to = jax.jvp(attend, load("q", "k", "v"), load("tq", "tk", "tv"))
+  for name, got in (("o", o), ("to", to)):
+    want = ATTENTION[f"{key}/{name}"]
+    parity.check(f"attention/{key}", name, got, want)

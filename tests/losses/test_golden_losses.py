@@ -1,7 +1,8 @@
-"""Every loss against the reference's losses and gradients, in float64.
+"""Every loss against the reference's losses and gradients.
 
 Each objective is jitted once per video shape; cases of a shape share it. One
-shape of each kind is in the fast suite, the others are marked slow.
+shape of each kind, in float64, is in the fast suite; the others are marked
+slow.
 """
 
 import functools
@@ -10,62 +11,31 @@ import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
-from golden_networks import check_case, f64, GOLDEN, network, video
+from golden_losses import (
+  draw_time,
+  fast,
+  law,
+  neighbouring_times,
+  per_frame,
+  summed,
+  texts,
+  warmup,
+)
+from golden_networks import check_case, load, network, video
+from parity import real
+from quick_jit import quick_jit
 
 from crcm_jax import guidance, losses, paths
-from crcm_jax.testing import golden
-from crcm_jax.time_sampling import (
-  LogNormal,
-  monotone_from_draws,
-  ShiftedUniform,
-)
+from crcm_jax.time_sampling import monotone_from_draws
 
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-
-def fast(file, *names):
-  """Lists a file's cases, all but some of them marked slow."""
-  return [
-    pytest.param(name, marks=[] if name in names else pytest.mark.slow)
-    for name in golden.cases(GOLDEN / f"{file}.npz")
-  ]
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
-
-
-def load(file, name):
-  return golden.load(GOLDEN / f"{file}.npz", name)
-
-
-def per_frame(t, case):
-  """Repeats one time per example, or per chunk, over the frames."""
-  t, frames = f64(t), case.config["T"]
-  if t.shape[1] == 1:
-    return jnp.repeat(t, frames, axis=1)
-  return t[:, golden_networks.pattern(case).chunk_of_frame(frames)]
-
-
-def law(case):
-  name, settings = case.config["p_G"]
-  if name == "LogNormal":
-    return LogNormal(settings["p_mean"], settings["p_std"])
-  return ShiftedUniform(settings["shift"])
-
-
-def texts(case):
-  return f64(case["crossattn_emb"]), f64(case["uncond_crossattn_emb"])
+pytestmark = pytest.mark.usefixtures("precision")
 
 
 def context(case, index):
   """Returns the k-th noisy context and its times, from the draws."""
-  tau = f64(case[f"mid/ctx_time_{index}"])
+  tau = real(case[f"mid/ctx_time_{index}"])
   x_0 = video(case, "x0")
   noise = f"draw/ctx_noise_{index}"
   if noise in case:
@@ -76,16 +46,6 @@ def context(case, index):
 def weight(case, t):
   bell = case.config.get("loss_weighting") == "gaussian_bell"
   return losses.gaussian_bell_weight(t) if bell else jnp.ones_like(t)
-
-
-def summed(loss):
-  """Differentiates the scaled sum over examples, as the reference does."""
-
-  def total(params, *args):
-    per_example, metrics = loss(params, *args)
-    return 100.0 * per_example.sum(), (100.0 * per_example, metrics)
-
-  return jax.value_and_grad(total, has_aux=True)
 
 
 def causal(params, text, pattern, ctx=None, ctx_t=None):
@@ -107,11 +67,7 @@ def guided(params, texts, pattern, x_0, scale):
   return guidance.classifier_free(v_c, v_u, scale)
 
 
-def draw_time(case, name="draw/time_raw"):
-  return per_frame(law(case).from_raw(f64(case[name])), case)
-
-
-@functools.partial(jit, static_argnames="pattern")
+@functools.partial(quick_jit, static_argnames="pattern")
 def flow_matching(params, x_0, noise, t, weight, text, ctx, *, pattern):
   velocity = lambda p, x, t: causal(p, text, pattern, *ctx)(x, t)
   loss = functools.partial(losses.flow_matching_loss, velocity, weight=weight)
@@ -132,7 +88,7 @@ def test_teacher_forcing(name):
     context(case, 0),
     pattern=golden_networks.pattern(case),
   )
-  check_case(case, loss, grads)
+  check_case("tf", case, loss, grads)
 
 
 def diffusion_forcing_times(case):
@@ -141,9 +97,9 @@ def diffusion_forcing_times(case):
   t = monotone_from_draws(
     law(case),
     jnp.asarray(case["draw/fopp_anchor_idx"]),
-    law(case).from_raw(f64(case["draw/fopp_anchor_raw"])),
-    f64(case["draw/fopp_exp_0"]),
-    f64(case["draw/fopp_exp_1"]),
+    law(case).from_raw(real(case["draw/fopp_anchor_raw"])),
+    real(case["draw/fopp_exp_0"]),
+    real(case["draw/fopp_exp_1"]),
   )
   return per_frame(t, case)
 
@@ -152,7 +108,7 @@ def diffusion_forcing_times(case):
 def test_diffusion_forcing(name):
   case, (_, params) = load("df", name), network("student")
   t = diffusion_forcing_times(case)
-  np.testing.assert_allclose(t, case["mid/time_B_T"], rtol=1e-9)
+  parity.check(f"df/{name}", "times", t, case["mid/time_B_T"])
   (_, (loss, _)), grads = flow_matching(
     params,
     video(case, "x0"),
@@ -163,10 +119,10 @@ def test_diffusion_forcing(name):
     (),
     pattern=golden_networks.pattern(case),
   )
-  check_case(case, loss, grads)
+  check_case("df", case, loss, grads)
 
 
-@functools.partial(jit, static_argnames=("pattern", "guided_by"))
+@functools.partial(quick_jit, static_argnames=("pattern", "guided_by"))
 def discrete(
   params, teacher, x_0, noise, times, texts, ctx, ctx_end, *, pattern, guided_by
 ):
@@ -179,15 +135,6 @@ def discrete(
     target=student(jax.lax.stop_gradient(p), ctx_end),
   )
   return summed(loss)(params, x_0, noise, times)
-
-
-def neighbouring_times(case, shift):
-  """SPEC section 6: s_k = 1 - (u + k du), shifted; `[b, f, steps + 1]`."""
-  skip = case.config.get("dcm_skipping_interval_steps", 1)
-  u = f64(case["draw/u_raw"]) * (1 - skip / 48)
-  steps = jnp.arange(skip + 1, dtype=u.dtype)
-  t = paths.shift_time(1 - (u + steps[None] / 48), shift)
-  return jnp.repeat(t[:, None], case.config["T"], axis=1)
 
 
 def run_discrete(case):
@@ -216,15 +163,14 @@ def run_discrete(case):
 def test_discrete_consistency(name):
   case = load("tf_dcm", name)
   times = neighbouring_times(case, 3.0)
-  np.testing.assert_allclose(
-    times[:, 0].T[..., None], case["mid/t_list"], rtol=1e-12
-  )
+  recorded = case["mid/t_list"][..., 0].T
+  parity.check(f"tf_dcm/{name}", "times", times[:, 0], recorded)
   (_, (loss, _)), grads = run_discrete(case)
-  check_case(case, loss, grads)
+  check_case("tf_dcm", case, loss, grads)
 
 
 @functools.partial(
-  jit, static_argnames=("pattern", "guided_by", "tangent_pass")
+  quick_jit, static_argnames=("pattern", "guided_by", "tangent_pass")
 )
 def continuous(
   params,
@@ -254,12 +200,6 @@ def continuous(
   )
   frozen = guided(teacher, texts, pattern, x_0, guided_by)
   return summed(loss)(params, frozen, x_0, noise, t)
-
-
-def warmup(case):
-  length = case.config["tangent_warmup"]
-  progress = min(1.0, case.config["iteration"] / length) if length else 1.0
-  return jnp.asarray(progress)
 
 
 def run_continuous(case, noise="draw/eps", broken=(False, False), **settings):
@@ -295,69 +235,29 @@ def test_continuous_consistency(name):
     pytest.skip("two losses: see the test below")
   broken = (False, "nan" in name)
   (_, (loss, metrics)), grads = run_continuous(case, broken=broken)
-  check_case(case, loss, grads)
+  check_case("tf_scm", case, loss, grads)
   np.testing.assert_array_equal(metrics.dropped, broken)
   tangent = video(case, "mid/student_v_jvp_tangent")[:, case.config["T"] :]
   norm = jnp.sqrt(jnp.square(tangent).sum((1, 2, 3, 4)))
   norm = jnp.where(jnp.array(broken), 0, norm)
-  np.testing.assert_allclose(metrics.tangent_norm, norm, rtol=1e-9)
+  parity.check_each(
+    f"tf_scm/{name}", "tangent norm", metrics.tangent_norm, norm
+  )
 
 
 @pytest.mark.slow
 def test_a_separate_tangent_pass_gives_the_same():
   case = load("tf_scm", "warm250of1000_g3_c1-1")
   (_, (loss, _)), grads = run_continuous(case, tangent_pass="separate")
-  check_case(case, loss, grads)
+  check_case("tf_scm", case, loss, grads)
 
 
 def test_discrete_and_continuous_add_up():
   case = load("tf_scm", "dscm_c1-1")
   (_, (dcm, _)), dcm_grads = run_discrete(case)
   (_, (scm, _)), scm_grads = run_continuous(case, noise="draw/eps_1")
-  np.testing.assert_allclose(dcm, case["loss_tf_dcm"], rtol=1e-9)
-  np.testing.assert_allclose(scm, case["loss_tf_scm"], rtol=1e-9)
-  check_case(case, dcm + scm, jax.tree.map(jnp.add, dcm_grads, scm_grads))
-
-
-def bidirectional(params, text):
-  model, _ = network("student")
-  return lambda x, t: model.apply({"params": params}, x, t, text)
-
-
-@functools.partial(jit, static_argnames=("loss", "guided_by"))
-def rcm(params, teacher, x_0, noise, t, texts, settings, *, loss, guided_by):
-  v_c, v_u = (bidirectional(teacher, text) for text in texts)
-  frozen = guidance.classifier_free(v_c, v_u, guided_by)
-  velocity = lambda p, x, t: bidirectional(p, texts[0])(x, t)
-  loss = functools.partial(loss, velocity, **settings)
-  return summed(loss)(params, frozen, x_0, noise, t)
-
-
-RCM_LOSSES = {
-  "scm": losses.trigflow_continuous_consistency_loss,
-  "rf_scm": losses.continuous_consistency_loss,
-  "dcm": losses.trigflow_discrete_consistency_loss,
-}
-
-
-@pytest.mark.parametrize(
-  "name",
-  fast("rcm_cm", "scm_warm250of1000_c1-3", "dcm_skip1_c1-1"),
-)
-def test_bidirectional_rcm(name):
-  case = load("rcm_cm", name)
-  kind = case.config["closures"][0]
-  discrete = kind == "dcm"
-  t = neighbouring_times(case, 5.0) if discrete else draw_time(case)
-  (_, (loss, _)), grads = rcm(
-    network("student")[1],
-    network("bidirectional_teacher")[1],
-    video(case, "x0"),
-    video(case, "draw/eps"),
-    t if kind == "rf_scm" else paths.angle_from_time(t),
-    texts(case),
-    {} if discrete else {"tangent_weight": warmup(case)},
-    loss=RCM_LOSSES[kind],
-    guided_by=case.config["teacher_guidance"],
-  )
-  check_case(case, loss, grads)
+  for part, loss in (("dcm", dcm), ("scm", scm)):
+    recorded = case[f"loss_tf_{part}"]
+    parity.check_each("tf_scm/dscm_c1-1", f"loss {part}", loss, recorded)
+  grads = jax.tree.map(jnp.add, dcm_grads, scm_grads)
+  check_case("tf_scm", case, dcm + scm, grads)

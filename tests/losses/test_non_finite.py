@@ -13,20 +13,44 @@ from crcm_jax import losses
 BAD = 1  # the example that goes wrong
 
 
+@jax.custom_jvp
+def hide(x, tangent):
+  """Returns zero, whose tangent is as given."""
+  del tangent
+  return jnp.zeros_like(x)
+
+
+@hide.defjvp
+def _(primals, tangents):
+  x, tangent = primals
+  return jnp.zeros_like(x), tangent + 0 * tangents[0]
+
+
 @functools.partial(jax.jit, static_argnames="name")
-def run(name, params, x_0, noise, t, in_teacher, in_student, in_tangent):
+def run(
+  name, params, x_0, noise, t, in_teacher, in_student, in_tangent, in_fake
+):
   """Returns losses, metrics and gradients with poison added somewhere."""
+  everywhere = lambda poison, x: jnp.broadcast_to(
+    poison[:, None, None], x.shape
+  )
 
   def student(p, x, t):
-    hidden = jnp.sqrt(0 * jnp.square(x))  # zero, with a tangent of NaN
-    hidden = jnp.where(in_tangent[:, None, None], hidden, 0)
-    return toy.velocity(p, x, t) + hidden + in_student[:, None, None]
+    hidden = hide(x, everywhere(in_tangent, x))
+    return toy.velocity(p, x, t) + hidden + everywhere(in_student, x)
 
   def teacher(x, t):
-    return toy.teacher(x, t) + in_teacher[:, None, None]
+    return toy.teacher(x, t) + everywhere(in_teacher, x)
+
+  def fake(x, t):
+    return toy.fake(x, t) + everywhere(in_fake, x)
+
+  more = {"fake": fake} if name == "distribution_matching" else {}
 
   def total(p):
-    per_example, metrics = toy.LOSSES[name](student, p, teacher, x_0, noise, t)
+    per_example, metrics = toy.LOSSES[name](
+      student, p, teacher, x_0, noise, t, **more
+    )
     return per_example.sum(), (per_example, metrics)
 
   grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
@@ -45,7 +69,8 @@ def clean_run(name, **changes):
     "t": t,
     "in_teacher": jnp.zeros(toy.B),
     "in_student": jnp.zeros(toy.B),
-    "in_tangent": jnp.zeros(toy.B, bool),
+    "in_tangent": jnp.zeros(toy.B),
+    "in_fake": jnp.zeros(toy.B),
   }
   return run(name, toy.PARAMS, **(arguments | changes))
 
@@ -78,13 +103,14 @@ def check_only_the_bad_is_lost(name, loss, metrics, grads):
 
 @pytest.mark.parametrize("name", toy.LOSSES)
 @pytest.mark.parametrize("argument", ["x_0", "noise", "t"])
-def test_bad_data_costs_its_own_example(name, argument):
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_bad_data_costs_its_own_example(name, argument, value):
   if name == "distribution_matching" and argument == "x_0":
     pytest.skip("the sample is the student's own: see below")
   if name == "distribution_matching" and argument == "t":
     pytest.skip("the toy sample is made at t: it would be the student's own")
   data = dict(zip(("x_0", "noise", "t"), toy.batch(), strict=True))
-  bad = {argument: data[argument].at[BAD, 0].set(jnp.nan)}
+  bad = {argument: data[argument].at[BAD, 0].set(value)}
   check_only_the_bad_is_lost(name, *clean_run(name, **bad))
 
 
@@ -95,12 +121,73 @@ def test_a_bad_teacher_costs_its_own_example(name, value):
   check_only_the_bad_is_lost(name, *results)
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_bad_fake_score_costs_its_own_example(value):
+  results = clean_run("distribution_matching", in_fake=poison(value))
+  check_only_the_bad_is_lost("distribution_matching", *results)
+
+
 @pytest.mark.parametrize(
   "name", ["continuous", "mean_flow", "trigflow_continuous"]
 )
-def test_a_bad_tangent_costs_its_own_example(name):
-  results = clean_run(name, in_tangent=jnp.array([False, True]))
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_bad_tangent_costs_its_own_example(name, value):
+  results = clean_run(name, in_tangent=poison(value))
   check_only_the_bad_is_lost(name, *results)
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [losses.discrete_consistency_loss, losses.trigflow_discrete_consistency_loss],
+)
+@pytest.mark.parametrize("where", ["target", "times"])
+def test_a_bad_target_or_later_time_costs_its_own_example(loss, where):
+  x_0, noise, t = toy.batch()
+  later = t / 2
+  extra = jnp.zeros(toy.B)
+  if where == "target":
+    extra = poison(jnp.nan)
+  else:
+    later = later.at[BAD, 1].set(jnp.nan)
+
+  def total(p, extra, later, weight=None):
+    target = lambda x, t: toy.teacher(x, t) + extra[:, None, None]
+    times = jnp.stack([t, later], axis=-1)
+    value, metrics = loss(
+      *(toy.velocity, p, toy.teacher, x_0, noise, times),
+      target=target,
+      frame_weight=weight,
+    )
+    return value.sum(), (value, metrics)
+
+  run = jax.jit(jax.grad(total, has_aux=True))
+  grads, (value, metrics) = run(toy.PARAMS, extra, later)
+  weight = jnp.ones((toy.B, toy.F)).at[BAD].set(0)
+  want_grads, (want, _) = run(toy.PARAMS, jnp.zeros(toy.B), t / 2, weight)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  np.testing.assert_array_equal(metrics.dropped, [0, 1])
+  for key, grad in grads.items():
+    np.testing.assert_allclose(grad, want_grads[key], rtol=1e-5)
+
+
+def test_a_bad_end_time_costs_its_own_example():
+  x_0, noise, t = toy.batch()
+
+  def total(p, end_time, weight=None):
+    value, metrics = losses.mean_flow_loss(
+      *(toy.mean_velocity, p, toy.teacher, x_0, noise, t, end_time),
+      frame_weight=weight,
+    )
+    return value.sum(), (value, metrics)
+
+  run = jax.jit(jax.grad(total, has_aux=True))
+  grads, (value, metrics) = run(toy.PARAMS, (t / 2).at[BAD, 0].set(jnp.nan))
+  weight = jnp.ones((toy.B, toy.F)).at[BAD].set(0)
+  want_grads, (want, _) = run(toy.PARAMS, t / 2, weight)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  np.testing.assert_array_equal(metrics.dropped, [0, 1])
+  for key, grad in grads.items():
+    np.testing.assert_allclose(grad, want_grads[key], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", toy.LOSSES)
@@ -149,3 +236,16 @@ def test_what_a_closure_holds_can_be_cleaned_too():
   np.testing.assert_array_equal(keep, [True, False])
   cleaned = losses.zero_examples({"context": context}, keep)
   np.testing.assert_array_equal(cleaned["context"], [[1, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("name", toy.LOSSES)
+def test_metrics_hold_the_counts_and_the_norms(name):
+  _, metrics, _ = clean_run(name)
+  assert {"dropped", "student_non_finite"} <= set(metrics._fields)
+  if name in ("continuous", "mean_flow", "trigflow_continuous"):
+    assert {"tangent_norm", "teacher_gap", "normaliser"} <= set(metrics._fields)
+    assert (metrics.tangent_norm > 0).all()
+    assert (metrics.normaliser > 0.1).all()  # ||g|| + 0.1
+  if name == "distribution_matching":
+    assert (metrics.scale > 1e-5).all()
+    assert (metrics.gradient_norm > 0).all()

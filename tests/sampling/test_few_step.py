@@ -1,7 +1,5 @@
 """The few-step sampler: exact at a consistency function, errors."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,6 @@ import pytest
 
 from crcm_jax import sampling
 from crcm_jax.testing import GaussianTeacher
-
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
 
 def test_a_step_denoises_and_adds_noise():

@@ -1,10 +1,10 @@
 """Rollouts of the Wan network against the reference's samplers."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
+import parity
 import pytest
-from golden_networks import f64, GOLDEN, network, pattern, video
+from golden_networks import network, pattern, video
+from parity import GOLDEN, real
 from quick_jit import quick_jit
 
 from crcm_jax import models, sampling
@@ -24,10 +24,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures("precision")
 
 
 def _schedules(case):
@@ -55,7 +52,7 @@ def _noise(case, image):
 def _model(case, name, x):
   def chunks(caption):
     return models.WanChunks(
-      network(name)[0], f64(case[caption]), height=x.shape[2], width=x.shape[3]
+      network(name)[0], real(case[caption]), height=x.shape[2], width=x.shape[3]
     )
 
   conditional = chunks("crossattn_emb")
@@ -101,4 +98,4 @@ def test_samples_are_the_references(name):
     ).video
 
   got = sample(network(config["net"])[1])
-  np.testing.assert_allclose(got, case.video("out"), rtol=1e-9, atol=1e-9)
+  parity.check(f"samplers/{name}", "sample", got, case.video("out"))

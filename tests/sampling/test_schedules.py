@@ -1,28 +1,28 @@
 """Time grids against the reference, and the errors of bad ones."""
 
-import pathlib
-
-import numpy as np
+import parity
 import pytest
+from parity import GOLDEN
 
 from crcm_jax import sampling
 from crcm_jax.testing import golden
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 MISC = golden.load(GOLDEN / "misc.npz")
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_few_step_grids_match_the_reference(steps):
   # The reference truncates one list of midpoints.
   grid = sampling.few_step_schedule(sampling.MID_TIMES["4"][: steps - 1])
-  np.testing.assert_allclose(grid, MISC[f"few_step_t_{steps}"], rtol=1e-14)
+  parity.check("misc", name := f"few_step_t_{steps}", grid, MISC[name])
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("steps", [4, 10, 50])
 def test_ode_grids_match_the_reference(steps):
   grid = sampling.ode_schedule(steps)
-  np.testing.assert_allclose(grid, MISC[f"shifted_ode_t_{steps}"], rtol=1e-12)
+  parity.check("misc", name := f"shifted_ode_t_{steps}", grid, MISC[name])
 
 
 def test_grids_that_do_not_decrease_are_refused():

@@ -1,16 +1,17 @@
 """ODE solvers against the reference's trajectories and their own order."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
+from golden_networks import load, network, video
+from parity import GOLDEN, real
+from quick_jit import quick_jit
 
-from crcm_jax import sampling
+from crcm_jax import guidance, sampling
 from crcm_jax.testing import GaussianTeacher, golden
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 ANALYTIC = [
   name
   for name in golden.cases(GOLDEN / "samplers.npz")
@@ -22,19 +23,46 @@ def analytic(x, t):
   return 0.7 * x + jnp.sin(3 * t)[:, None, None, None, None]
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("name", ANALYTIC)
 def test_solvers_match_the_references_trajectories(name):
-  case = golden.load(GOLDEN / "samplers.npz", name)
-  with jax.enable_x64(True):
-    times = np.append(case["timesteps"] / 1000, 0.0)
-    x = sampling.integrate(
-      analytic,
-      jnp.asarray(case["x_init"].astype(np.float64)),
-      times,
-      solver=name.split("_")[1],
-    )
-  expected = case["traj"][-1]
-  np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-7)
+  case = load("samplers", name)
+  settings = case.config
+  times = sampling.ode_schedule(
+    settings["n"], shift=settings["shift"], sigma_max=settings["sigma_max"]
+  )
+  recorded = np.append(case["timesteps"] / 1000, 0.0)
+  parity.check(f"samplers/{name}", "times", times, recorded, "unipc")
+  x, solver = real(case["x_init"]), name.split("_")[1]
+  x = sampling.integrate(analytic, x, times, solver=solver)
+  parity.check(f"samplers/{name}", "sample", x, case["traj"][-1], "unipc")
+
+
+@pytest.mark.usefixtures("precision")
+def test_the_bidirectional_teacher_samples_as_the_references():
+  case = load("samplers", "unipc_bidirectional_cfg5_8step_c1-1")
+  settings = case.config
+  times = sampling.ode_schedule(
+    settings["num_steps"],
+    shift=float(settings["sample_timestep_shift"]),
+    sigma_max=float(settings["sigma_max"]),
+  )
+  model, params = network("bidirectional_teacher")
+
+  @quick_jit
+  def sample(params, noise, *texts):
+    def under(text):
+      per_frame = lambda t: jnp.repeat(t[:, None], noise.shape[1], axis=1)
+      return lambda x, t: model.apply({"params": params}, x, per_frame(t), text)
+
+    scale = settings["bidirectional_guidance"]
+    velocity = guidance.classifier_free(*map(under, texts), scale)
+    return sampling.integrate(velocity, noise, times, solver="unipc")
+
+  texts = (real(case[f"{kind}crossattn_emb"]) for kind in ("", "uncond_"))
+  got = sample(params, video(case, "draw/init_noise"), *texts)
+  name = "samplers/unipc_bidirectional_cfg5_8step_c1-1"
+  parity.check(name, "sample", got, video(case, "out"), "unipc")
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("unipc", 2)])

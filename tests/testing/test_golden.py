@@ -64,3 +64,14 @@ def test_the_files_stay_small_and_keep_every_kind():
     names = golden.cases(GOLDEN / f"{file}.npz")
     for kind in wanted:
       assert any(kind in name for name in names), (file, kind)
+
+
+def test_the_table_of_errors_has_a_row_for_every_case():
+  page = (GOLDEN.parents[1] / "docs" / "parity.md").read_text("utf-8")
+  single = ("weights", "weights_mid", "misc", "components", "masks")
+  files = [f for f in GOLDEN.glob("*.npz") if f.stem not in single]
+  assert len(files) == 15
+  for file in files:
+    for case in golden.cases(file):
+      assert f"| `{file.stem}/{case}` |" in page, (file.stem, case)
+  assert "| `masks` | 286 masks |" in page

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
-from golden_networks import GOLDEN
+from parity import GOLDEN
 
 from crcm_jax.testing import golden
 from crcm_jax.training import ema_beta, ema_exponent, ema_update
@@ -12,17 +13,16 @@ from crcm_jax.training import ema_beta, ema_exponent, ema_update
 MISC = golden.load(GOLDEN / "misc.npz")
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
 def test_exponent_and_weights_are_the_references(rate):
   exponent = ema_exponent(rate)
-  np.testing.assert_allclose(
-    exponent, MISC[f"ema_exp_coefficient_{rate}"], rtol=1e-12
-  )
-  with jax.enable_x64(True):
-    beta, rest = jax.vmap(lambda i: ema_beta(i, exponent))(jnp.arange(20))
-  recorded = MISC[f"ema_beta_{rate}_first20"]
-  np.testing.assert_allclose(beta, recorded, rtol=1e-12)
-  np.testing.assert_allclose(rest, 1 - recorded, rtol=1e-12)
+  name = f"ema_exp_coefficient_{rate}"
+  parity.check("misc", name, exponent, MISC[name])
+  beta, rest = jax.vmap(lambda i: ema_beta(i, exponent))(jnp.arange(20))
+  name = f"ema_beta_{rate}_first20"
+  parity.check("misc", name, beta, MISC[name])
+  parity.check("misc", f"1 - {name}", rest, 1 - MISC[name])
 
 
 def test_small_weights_keep_their_digits_in_float32():

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
-from golden_networks import check_case, f64, GOLDEN, network, video
+from golden_networks import check_case, load, network, video
 from golden_self_forcing import (
   batch,
   compiled,
@@ -15,6 +16,7 @@ from golden_self_forcing import (
   self_forcing,
   settings,
 )
+from parity import GOLDEN, real
 
 from crcm_jax.testing import golden
 from crcm_jax.training import objectives
@@ -23,14 +25,9 @@ from crcm_jax.training.objectives._continuous_consistency import (
 )
 from crcm_jax.training.objectives._joint import JointDraws
 
-CLEAN, NOISY = GOLDEN / "sf_dmd.npz", GOLDEN / "sf_dmd_noisyctx.npz"
-CRITIC, JOINT = GOLDEN / "critic.npz", GOLDEN / "joint.npz"
+CLEAN, NOISY, CRITIC, JOINT = "sf_dmd", "sf_dmd_noisyctx", "critic", "joint"
 
-
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures("precision")
 
 
 def _run(case, objective, trainable="student"):
@@ -43,17 +40,18 @@ def _run(case, objective, trainable="student"):
   )
 
 
-def _check(case, per_example, metrics, grads):
-  check_case(case, per_example, grads)
+def _check(file, case, per_example, metrics, grads):
+  check_case(file, case, per_example, grads)
   scores = np.asarray(metrics.gradient_norm) ** 2
-  np.testing.assert_allclose(scores, case["loss_per_sample"], rtol=1e-8)
+  name, losses = f"{file}/{case.name}", case["loss_per_sample"]
+  parity.check_each(name, "score difference", scores, losses)
 
 
 def _cases(file, fast):
   """All cases of a file; those that repeat a kind are slow."""
   return [
     name if name in fast else pytest.param(name, marks=pytest.mark.slow)
-    for name in golden.cases(file)
+    for name in golden.cases(GOLDEN / f"{file}.npz")
     if "nan" not in name
   ]
 
@@ -65,8 +63,8 @@ def _cases(file, fast):
   ),
 )
 def test_parallel_replay_with_clean_context(name):
-  case = golden.load(CLEAN, name)
-  _check(case, *_run(case, self_forcing(case)))
+  case = load(CLEAN, name)
+  _check(CLEAN, case, *_run(case, self_forcing(case)))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +72,8 @@ def test_parallel_replay_with_clean_context(name):
   _cases(NOISY, ["noisyctx1_it2_c1-3"]),
 )
 def test_parallel_replay_with_noisy_context(name):
-  case = golden.load(NOISY, name)
-  _check(case, *_run(case, self_forcing(case)))
+  case = load(NOISY, name)
+  _check(NOISY, case, *_run(case, self_forcing(case)))
 
 
 @pytest.mark.parametrize("replay", ["chunks", "direct"])
@@ -87,13 +85,13 @@ def test_parallel_replay_with_noisy_context(name):
   ],
 )
 def test_other_replays_have_the_same_gradients(file, name, replay):
-  case = golden.load(file, name)
-  _check(case, *_run(case, self_forcing(case, replay)))
+  case = load(file, name)
+  _check(file, case, *_run(case, self_forcing(case, replay)))
 
 
 def test_bad_teacher_costs_its_example_alone():
-  case = golden.load(NOISY, "nan_in_teacher_sample1_c1-1")
-  good = golden.load(CLEAN, "default_it0_c1-1")
+  case = load(NOISY, "nan_in_teacher_sample1_c1-1")
+  good = load(CLEAN, "default_it0_c1-1")
   data = batch(case)
   caption = data.null_condition.at[1].set(jnp.nan)  # Only the teacher's.
   poisoned = data._replace(null_condition=caption)
@@ -101,8 +99,9 @@ def test_bad_teacher_costs_its_example_alone():
   loss, metrics, grads = compiled(self_forcing(case))(
     network("student")[1], frozen(), poisoned, drawn, counters(case)
   )
-  np.testing.assert_allclose(loss, case["loss_per_sample"], rtol=1e-9)
-  np.testing.assert_allclose(loss[0], good["loss_per_sample"][0], rtol=1e-9)
+  name = f"sf_dmd_noisyctx/{case.name}"
+  parity.check_each(name, "loss", loss, case["loss_per_sample"])
+  np.testing.assert_allclose(loss[0], good["loss_per_sample"][0], rtol=1e-4)
   assert metrics.dropped.tolist() == [0, 1]
   assert metrics.student_non_finite.tolist() == [0, 0]
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -110,14 +109,14 @@ def test_bad_teacher_costs_its_example_alone():
 
 @pytest.mark.parametrize("name", _cases(CRITIC, ["default_it4_c1-3"]))
 def test_critic(name):
-  case = golden.load(CRITIC, name)
+  case = load(CRITIC, name)
   loss, _, grads = _run(case, critic(case), "fake_score")
-  check_case(case, loss, grads)
+  check_case(CRITIC, case, loss, grads)
 
 
 @pytest.mark.parametrize("name", _cases(JOINT, ["it10_noisyctx1_c1-3"]))
 def test_joint_with_continuous_consistency(name):
-  case = golden.load(JOINT, name)
+  case = load(JOINT, name)
   rules = settings(case)
   noisy, start = rules["context"] == "last_step", rules["context_start"]
   last = tuple(times[-1] for times in rules["mid_times"])
@@ -134,7 +133,7 @@ def test_joint_with_continuous_consistency(name):
     objectives=(consistency, self_forcing(case, replay)), starts=(0, 0)
   )
   drawn = ContinuousConsistencyDraws(
-    t=f64(case["mid/time"]).reshape(-1),
+    t=real(case["mid/time"]).reshape(-1),
     noise=video(case, "draw/eps"),
     context_noise=video(case, "draw/ctx_noise_0") if noisy else None,
   )
@@ -145,5 +144,6 @@ def test_joint_with_continuous_consistency(name):
     JointDraws((drawn, draws(case, rules, case["mid/D_time"]))),
     counters(case),
   )
-  check_case(case, loss, grads)
-  np.testing.assert_allclose(metrics.losses[0], case["loss_tf_scm"], rtol=1e-9)
+  check_case(JOINT, case, loss, grads)
+  recorded = case["loss_tf_scm"]
+  parity.check_each(f"joint/{name}", "loss scm", metrics.losses[0], recorded)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parity
 import pytest
-from golden_networks import GOLDEN
+from parity import GOLDEN, real
 
 from crcm_jax.testing import golden
 from crcm_jax.training import adamw
@@ -18,38 +19,35 @@ SETTINGS = {
 }
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_steps_are_the_references(name):
-  with jax.enable_x64(True):
-    optimizer = adamw(**SETTINGS[name])
-    params = {
-      "w": jnp.asarray(MISC[f"adamw_{name}_w0"]),
-      "b": jnp.asarray(MISC[f"adamw_{name}_b0"]),
-    }
-    state = optimizer.init(params)
-    for step, row in enumerate(MISC[f"adamw_{name}_grads"]):
-      grads = {"w": row[:12].reshape(3, 4), "b": row[12:]}
-      grads = jax.tree.map(jnp.asarray, grads)
-      updates, state = optimizer.update(grads, state, params)
-      params = optax.apply_updates(params, updates)
-      for leaf in ("w", "b"):
-        np.testing.assert_allclose(
-          params[leaf], MISC[f"adamw_{name}_{leaf}"][step], rtol=1e-10
-        )
+  optimizer = adamw(**SETTINGS[name])
+  params = {leaf: real(MISC[f"adamw_{name}_{leaf}0"]) for leaf in ("w", "b")}
+  state = optimizer.init(params)
+  steps = []
+  for row in MISC[f"adamw_{name}_grads"]:
+    grads = {"w": real(row[:12].reshape(3, 4)), "b": real(row[12:])}
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    steps.append(params)
+  for leaf in ("w", "b"):
+    key = f"adamw_{name}_{leaf}"
+    got = jnp.stack([step[leaf] for step in steps])
+    parity.check("misc", key, got, MISC[key])
 
 
-@pytest.mark.parametrize("x64", [True, False])
-def test_warm_up_is_the_references(x64):
-  recorded = MISC["lr_multiplier_first_110"]
+@pytest.mark.usefixtures("precision")
+def test_warm_up_is_the_references():
   optimizer = adamw(1.0, b1=0.0, b2=0.0, eps=0.0, weight_decay=0.0)
 
   def step(state, _):
     updates, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
     return state, -updates
 
-  with jax.enable_x64(x64):
-    _, rates = jax.lax.scan(step, optimizer.init(jnp.zeros(())), None, 110)
-  np.testing.assert_allclose(rates, recorded, rtol=1e-12 if x64 else 3e-7)
+  _, rates = jax.lax.scan(step, optimizer.init(jnp.zeros(())), None, 110)
+  key = "lr_multiplier_first_110"
+  parity.check_each("misc", key, rates, MISC[key])
 
 
 def test_gradients_are_clipped_before_the_moments():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from crcm_jax import training
+from crcm_jax import losses, training
 from crcm_jax.data import Batch
 
 
@@ -145,6 +145,80 @@ def test_update_that_is_not_finite_changes_nothing_but_its_count(phase, bad):
   state, metrics = step(state, {}, _batch(), KEY)
   assert np.isfinite(metrics["loss"])
   assert (int(state.step), int(state.skipped)) == (2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steep:
+  """loss = sqrt(w - 1/2): finite at w = 1/2, its gradient is not."""
+
+  def draws(self, key, batch, counters):
+    del key, batch, counters
+
+  def loss(self, trainable, frozen, batch, draws, counters):
+    del frozen, draws, counters
+    root = jnp.sqrt(trainable["w"] - 0.5)
+    return root * jnp.ones(batch.x_0.shape[0]), ()
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_is_refused():
+  step = training.make_train_step(Steep(), OPTIMIZER)
+  state, metrics = step(_state(), {}, _batch(), KEY)
+  assert metrics["loss"] == 0
+  assert not np.isfinite(metrics["grad_norm"])
+  assert state.skipped == 1
+  assert state.student["w"] == state.ema["w"] == 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistent:
+  """Continuous-time consistency of v = w x with a teacher, as a stage has it.
+
+  Attributes:
+    bad: what example 1's teacher adds to its velocity.
+    weighted: whether example 1 has no weight.
+  """
+
+  bad: float = 0.0
+  weighted: bool = False
+
+  def draws(self, key, batch, counters):
+    del counters
+    return Draws(jax.random.normal(key, batch.x_0.shape))
+
+  def loss(self, trainable, frozen, batch, draws, counters):
+    del frozen, counters
+    extra = jnp.zeros(batch.x_0.shape).at[1].set(self.bad)
+    weight = jnp.ones((2, 1)).at[1].set(0) if self.weighted else None
+    return losses.continuous_consistency_loss(
+      lambda params, x, t: params["w"] * x * t[..., None, None, None],
+      trainable,
+      lambda x, t: extra - x,
+      batch.x_0,
+      draws.noise,
+      jnp.full((2, 1), 0.5),
+      frame_weight=weight,
+    )
+
+
+@pytest.mark.parametrize("where", ["data", "teacher"])
+def test_a_bad_example_costs_the_update_only_its_own_part(where):
+  in_data = where == "data"
+  objective = Consistent(bad=0.0 if in_data else jnp.nan)
+  step = training.make_train_step(objective, OPTIMIZER)
+  batch = _batch(jnp.nan if in_data else 1.0)
+  state, metrics = step(_state(), {}, batch, KEY)
+  good = training.make_train_step(Consistent(weighted=True), OPTIMIZER)
+  want, _ = good(_state(), {}, _batch(), KEY)
+  assert metrics["dropped"] == 1
+  assert metrics["student_non_finite"] == metrics["skipped"] == 0
+  assert np.isfinite(metrics["loss"])
+  for got, expected in zip(
+    jax.tree.leaves((state.student, state.student_opt_state, state.ema)),
+    jax.tree.leaves((want.student, want.student_opt_state, want.ema)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+  assert state.student["w"] != 0.5
 
 
 def test_state_is_donated_and_starts_from_copies():
