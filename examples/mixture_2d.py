@@ -202,9 +202,11 @@ def distribution_matching(student, critic, key, *, steps, critic_steps=4):
 
   def update(carry, key):
     student, critic, state, critic_state = carry
-    student_key, *critic_keys = jax.random.split(key, 1 + critic_steps)
+    student_key, critic_key = jax.random.split(key)
     (_, critic, critic_state), _ = jax.lax.scan(
-      update_critic, (student, critic, critic_state), jnp.stack(critic_keys)
+      update_critic,
+      (student, critic, critic_state),
+      jax.random.split(critic_key, critic_steps),
     )
     grads = jax.grad(student_loss)(student, critic, student_key)
     updates, state = student_optimizer.update(grads, state)
