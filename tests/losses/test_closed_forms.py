@@ -143,21 +143,56 @@ def test_mean_flow_without_a_teacher_follows_the_draw():
   np.testing.assert_array_equal(free[0], taught[0])
 
 
-def test_the_gap_of_discrete_consistency_falls_quadratically():
-  """One Euler step errs by O(h^2), so P - Q does at the exact function."""
+@pytest.mark.parametrize(
+  ("loss", "time"),
+  [
+    (losses.discrete_consistency_loss, lambda t: t),
+    (losses.trigflow_discrete_consistency_loss, paths.angle_from_time),
+  ],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_discrete_consistency_is_of_the_order_of_its_teachers_steps(
+  loss, time, steps
+):
+  """At the exact function: one Euler step errs by O(h^2), the loss squares."""
   with jax.enable_x64(True):
     x_0, noise, t = draws(jnp.float64)
 
     @jax.jit
-    def gap(h):
-      times = jnp.stack([t, t - h], axis=-1)
-      _, metrics = losses.discrete_consistency_loss(
-        exact, 0.0, REAL.velocity, x_0, noise, times
-      )
-      return metrics.gap
+    def value(h):
+      times = time(t)[:, None] - h * jnp.arange(steps + 1.0)[None]
+      return loss(exact, 0.0, REAL.velocity, x_0, noise, times)[0]
 
-    slope = jnp.log2(gap(0.02) / gap(0.01))
-  np.testing.assert_allclose(slope, 2, atol=0.15)
+    slope = jnp.log2(value(0.02) / value(0.01))
+  np.testing.assert_allclose(slope, 4, atol=0.35)
+
+
+def test_discrete_consistency_tends_to_continuous():
+  """P - Q is h g to first order, and P moves by -t dv."""
+  with jax.enable_x64(True):
+    keys = jax.random.split(jax.random.key(2), 2)
+    x_0, noise = (jax.random.normal(k, (1, 2), jnp.float64) for k in keys)
+    t, h = jnp.array([0.6]), 1e-6
+    velocity = lambda p, x, t: jnp.sin(p["w"] * x) + p["b"] * t[:, None]
+    params = {"w": jnp.array([[1.3, -0.4]]), "b": jnp.array([[0.2, 0.1]])}
+    arguments = (REAL.velocity, x_0, noise)
+
+    discrete = jax.grad(
+      lambda p: losses.discrete_consistency_loss(
+        velocity, p, *arguments, jnp.stack([t, t - h], axis=-1)
+      )[0].sum()
+    )(params)
+
+    def continuous_loss(p):
+      loss, metrics = losses.continuous_consistency_loss(
+        velocity, p, *arguments, t
+      )
+      return loss.sum(), metrics
+
+    continuous, metrics = jax.grad(continuous_loss, has_aux=True)(params)
+    scale = (h * t * metrics.normaliser / x_0.size)[:, None]
+    for key, grad in discrete.items():
+      np.testing.assert_allclose(grad, scale * continuous[key], rtol=1e-4)
 
 
 def test_distribution_matching_descends_the_score_difference():
