@@ -69,6 +69,30 @@ def test_the_warm_up_weighs_the_tangent_alone(warmup):
   np.testing.assert_allclose(metrics.tangent_norm, tangent_norm, rtol=1e-5)
 
 
+def test_the_gradient_is_that_of_a_constant_target():
+  """`-2 g / (||g|| + c)` through v alone: nothing through g."""
+  x_0, noise, t = toy.batch()
+  arguments = (toy.teacher, x_0, noise, t)
+  x_t = paths.interpolate(x_0, noise, t)
+  v_teacher = toy.teacher(x_t, t)
+  grads = jax.grad(
+    lambda p: losses.continuous_consistency_loss(toy.velocity, p, *arguments)[
+      0
+    ].sum()
+  )(toy.PARAMS)
+  v, dv = jax.jvp(
+    lambda x, t: toy.velocity(toy.PARAMS, x, t),
+    (x_t, t),
+    (v_teacher, jnp.ones_like(t)),
+  )
+  g = v_teacher - v - t[..., None] * dv
+  norm = jnp.sqrt(jnp.square(g).sum((1, 2), keepdims=True))
+  _, pull = jax.vjp(lambda p: toy.velocity(p, x_t, t), toy.PARAMS)
+  (expected,) = pull(-2 * g / (norm + 0.1))
+  for key, grad in grads.items():
+    np.testing.assert_allclose(grad, expected[key], rtol=1e-4)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
 def test_the_trigflow_warm_up_weighs_x_and_the_root(warmup):
   """SPEC section 10, with the tangent taken by central differences."""
