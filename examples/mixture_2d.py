@@ -299,7 +299,6 @@ def _energy(x, y):
   def mean_distance(a, b, pairs):
     return jnp.linalg.norm(a[:, None] - b[None], axis=2).sum() / pairs
 
-  x, y = x[:2048], y[:2048]
   n = len(x)
   within = mean_distance(x, x, n * (n - 1)) + mean_distance(y, y, n * (n - 1))
   return 2 * mean_distance(x, y, n * n) - within

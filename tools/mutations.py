@@ -35,6 +35,7 @@ TESTS = {
     "tests/sampling/test_few_step.py",
     "tests/sampling/test_schedules.py",
     "tests/sampling/test_solvers.py",
+    "tests/sampling/test_chunk_model.py",
     "tests/sampling/test_rollout_gradients.py",
     "tests/sampling/test_rollout.py",
   ),

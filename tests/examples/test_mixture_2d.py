@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 EXAMPLE = runpy.run_path(str(ROOT / "examples" / "mixture_2d.py"))
 
-# Root mean square distance to the ODE's map, of data whose own is 1.6; over
-# seeds 0 and 1 the worst was 0.06, 0.05, 0.25, 0.10, 0.07, 0.25.
+# Root mean square distance to the ODE's map, which moves noise by about 1.6.
+# Over two seeds the worst was 0.06, 0.05, 0.25, 0.10, 0.08 and 0.23.
 REACHED = {
   "flow matching, ODE": 0.1,
   "regression": 0.1,
@@ -30,7 +30,7 @@ def test_every_objective_reaches_the_odes_map():
   for name, bound in REACHED.items():
     assert distance[name] < bound, distance
   # DMD promises the law of the samples, not the map.
-  assert energy["DMD after dCM"] < min(0.004, energy["dCM"] / 2), energy
+  assert energy["DMD after dCM"] < min(0.003, energy["dCM"] / 2), energy
   for name in ("flow matching, ODE", "regression", "sCM", "MeanFlow"):
     assert energy[name] < 0.002, energy
 
