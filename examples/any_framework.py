@@ -84,9 +84,9 @@ class Nnx(nnx.Module):
 def flax_nnx(weights):
   """`split` outside, `merge` inside: the state is the parameters."""
   model = Nnx(nnx.Rngs(0))
-  model.first.kernel[...] = weights["in"]
-  model.first.bias[...] = weights["bias"]
-  model.last.kernel[...] = weights["out"]
+  model.first.kernel = nnx.Param(weights["in"])
+  model.first.bias = nnx.Param(weights["bias"])
+  model.last.kernel = nnx.Param(weights["out"])
   graph, params = nnx.split(model)
   velocity = lambda params, x, t, history: nnx.merge(graph, params)(
     inputs(x, t, history)

@@ -129,7 +129,8 @@ def trajectories(key, count=8192):
   substeps = 8
 
   def follow(x, ends):
-    times = jnp.linspace(*ends, substeps + 1)
+    start, stop = ends
+    times = jnp.linspace(start, stop, substeps + 1)
     for t, t_next in itertools.pairwise(times):
       v = TEACHER.velocity(x, jnp.full(count, t))
       x = x - (t - t_next) * v
@@ -351,7 +352,9 @@ def _panel(samples, component, size, reach=2.7):
 
 def main():
   """Trains, prints the table, and draws if asked to."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description="Trains every objective on a 2-D mixture."
+  )
   parser.add_argument("--steps", type=int, default=2000)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", type=pathlib.Path, help="an SVG file")

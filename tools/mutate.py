@@ -31,7 +31,9 @@ _FAILED = re.compile(r"^(FAILED|ERROR) ([^\s]+)", re.MULTILINE)
 
 def main(arguments: list[str]) -> int:
   """Plants the mistakes and returns the exit code."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description="Plants mistakes in the mathematics and runs the tests."
+  )
   parser.add_argument("--only", default="", help="part of a mistake's name")
   parser.add_argument("--list", action="store_true", help="plant nothing")
   options = parser.parse_args(arguments)
