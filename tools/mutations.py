@@ -16,69 +16,68 @@ class Mutation:
     file: the file below `crcm_jax/`.
     old: the right text, which the file holds exactly once.
     new: the wrong text.
+    tests: the tests that must catch it.
   """
 
   why: str
   file: str
   old: str
   new: str
+  tests: str
 
 
-TESTS = {
-  "losses": (
-    "tests/losses/test_closed_forms.py",
-    "tests/losses/test_gradients.py",
-    "tests/losses/test_arguments.py",
-    "tests/losses/test_non_finite.py",
-  ),
-  "sampling": (
-    "tests/sampling/test_few_step.py",
-    "tests/sampling/test_schedules.py",
-    "tests/sampling/test_solvers.py",
-    "tests/sampling/test_chunk_model.py",
-    "tests/sampling/test_rollout_gradients.py",
-    "tests/sampling/test_rollout.py",
-  ),
-  "paths.py": ("tests/core/test_paths.py",),
-  "guidance.py": ("tests/core/test_guidance.py",),
-  "training": (
-    "tests/training/test_counters.py",
-    "tests/training/test_golden_self_forcing.py",
-  ),
-}
-"""Which tests must catch the mistakes of a folder, the quickest first.
-
-Not the golden losses and rollouts, which would catch most, slowly: a mistake
-should meet a test that says what is wrong.
-"""
+# Not the golden losses and rollouts, which would catch most, slowly: a mistake
+# should meet a test that says what is wrong.
+ARGUMENTS = "tests/losses/test_arguments.py"
+CLOSED_FORMS = "tests/losses/test_closed_forms.py"
+GRADIENTS = "tests/losses/test_gradients.py"
+NON_FINITE = "tests/losses/test_non_finite.py"
+CHUNK_MODEL = "tests/sampling/test_chunk_model.py"
+FEW_STEP = "tests/sampling/test_few_step.py"
+ROLLOUT = "tests/sampling/test_rollout.py"
+ROLLOUT_GRADIENTS = "tests/sampling/test_rollout_gradients.py"
+SCHEDULES = "tests/sampling/test_schedules.py"
+SOLVERS = "tests/sampling/test_solvers.py"
+PATHS = "tests/core/test_paths.py"
+GUIDANCE = "tests/core/test_guidance.py"
+COUNTERS = "tests/training/test_counters.py"
+SELF_FORCING = "tests/training/test_golden_self_forcing.py"
 
 
-def _continuous(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "losses/_continuous_consistency.py", old, new)
+def _continuous(
+  why: str, old: str, new: str, tests: str = CLOSED_FORMS
+) -> Mutation:
+  return Mutation(why, "losses/_continuous_consistency.py", old, new, tests)
 
 
-def _discrete(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "losses/_discrete_consistency.py", old, new)
+def _discrete(
+  why: str, old: str, new: str, tests: str = CLOSED_FORMS
+) -> Mutation:
+  return Mutation(why, "losses/_discrete_consistency.py", old, new, tests)
 
 
-def _matching(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "losses/_distribution_matching.py", old, new)
+def _matching(
+  why: str, old: str, new: str, tests: str = CLOSED_FORMS
+) -> Mutation:
+  return Mutation(why, "losses/_distribution_matching.py", old, new, tests)
 
 
-def _flow(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "losses/_flow_matching.py", old, new)
+def _flow(why: str, old: str, new: str, tests: str = CLOSED_FORMS) -> Mutation:
+  return Mutation(why, "losses/_flow_matching.py", old, new, tests)
 
 
-def _examples(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "losses/_examples.py", old, new)
+def _examples(
+  why: str, old: str, new: str, tests: str = NON_FINITE
+) -> Mutation:
+  return Mutation(why, "losses/_examples.py", old, new, tests)
 
 
-def _solvers(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "sampling/_solvers.py", old, new)
+def _solvers(why: str, old: str, new: str, tests: str = SOLVERS) -> Mutation:
+  return Mutation(why, "sampling/_solvers.py", old, new, tests)
 
 
-def _rollout(why: str, old: str, new: str) -> Mutation:
-  return Mutation(why, "sampling/_rollout.py", old, new)
+def _rollout(why: str, old: str, new: str, tests: str = ROLLOUT) -> Mutation:
+  return Mutation(why, "sampling/_rollout.py", old, new, tests)
 
 
 _TANGENT = "g = -gap - r * expand(t - end_time, x_t) * dv"
@@ -136,17 +135,20 @@ MUTATIONS = (
     "stop no gradient in the residual, which leaves none",
     "residual = v - jax.lax.stop_gradient(v) - step",
     "residual = v - v - step",
+    GRADIENTS,
   ),
   _continuous(
     "let gradient into the teacher",
     'v = _examples.check_velocity(teacher(x, t), x, "teacher")\n'
     "  return jax.lax.stop_gradient(v)",
     'return _examples.check_velocity(teacher(x, t), x, "teacher")',
+    GRADIENTS,
   ),
   _continuous(
     "give a removed frame a tangent",
     _DIRECTION,
     "(v_teacher, jnp.ones_like(t))",
+    ARGUMENTS,
   ),
   _continuous(
     "forget the tangent of time",
@@ -193,6 +195,7 @@ MUTATIONS = (
     "move a removed frame",
     "step = expand(moves * (t - t_next), x)",
     "step = expand(t - t_next, x)",
+    ARGUMENTS,
   ),
   _discrete(
     "take the target's prediction at the student's time",
@@ -203,6 +206,7 @@ MUTATIONS = (
     "let gradient into the target",
     "q = jax.lax.stop_gradient(data_prediction(end, v_end, times[-1]))",
     "q = data_prediction(end, v_end, times[-1])",
+    GRADIENTS,
   ),
   _discrete(
     "sum the features of a frame instead of averaging",
@@ -240,21 +244,25 @@ MUTATIONS = (
     "forget the smallest normaliser",
     "scale = jnp.maximum(distance, SMALLEST_SCALE)",
     "scale = distance",
+    GRADIENTS,
   ),
   _matching(
     "take another smallest normaliser",
     "SMALLEST_SCALE = 1e-5",
     "SMALLEST_SCALE = 1e-3",
+    GRADIENTS,
   ),
   _matching(
     "let gradient through the target",
     "target = jax.lax.stop_gradient(target)\n  clean",
     "clean",
+    GRADIENTS,
   ),
   _matching(
     "return a target that carries gradient",
     "return jax.lax.stop_gradient((target, metrics))",
     "return target, metrics",
+    GRADIENTS,
   ),
   # Flow matching, critic, regression.
   _flow(
@@ -287,6 +295,7 @@ MUTATIONS = (
     "losses/_regression.py",
     "error = paths.data_prediction(x_t, v, t) - wide(x_0)",
     "error = v - wide(x_0)",
+    CLOSED_FORMS,
   ),
   # What all losses share.
   _examples(
@@ -303,11 +312,13 @@ MUTATIONS = (
     "multiply a removed frame by zero, which keeps its NaN",
     "x = jnp.where(w > 0, w * x, jnp.zeros((), x.dtype))",
     "x = w * x",
+    GRADIENTS,
   ),
   _examples(
     "divide a weighted mean by all frames",
     "count = weighted_sum(jnp.ones_like(x), frame_weight)",
     "count = weighted_sum(jnp.ones_like(x), None)",
+    ARGUMENTS,
   ),
   # Schedules and few-step sampling.
   Mutation(
@@ -315,30 +326,35 @@ MUTATIONS = (
     "sampling/_schedules.py",
     "return sigma_max / (1 + sigma_max)",
     "return 1.0",
+    SCHEDULES,
   ),
   Mutation(
     "space the ODE's times from the shifted start",
     "sampling/_schedules.py",
     "np.linspace(last / (shift - (shift - 1) * last), 0.0, steps + 1)",
     "np.linspace(last, 0.0, steps + 1)",
+    SCHEDULES,
   ),
   Mutation(
     "take one step too many",
     "sampling/_schedules.py",
     "0.0, steps + 1)",
     "0.0, steps + 2)",
+    SCHEDULES,
   ),
   Mutation(
     "start from unscaled noise",
     "sampling/_few_step.py",
     "jax.lax.scan(step, t[0] * noise,",
     "jax.lax.scan(step, noise,",
+    FEW_STEP,
   ),
   Mutation(
     "add noise of the time that was left",
     "sampling/_few_step.py",
     "(1 - t_next) * x_0 + t_next * fresh",
     "(1 - t) * x_0 + t * fresh",
+    FEW_STEP,
   ),
   # Solvers.
   _solvers(
@@ -388,6 +404,7 @@ MUTATIONS = (
     "      return cache, (x_0, x, t, *context)",
     "_, cache = self.model.append(self.params, *context, cache)\n"
     "      return cache, (x_0, x, t, *context)",
+    ROLLOUT_GRADIENTS,
   ),
   _rollout(
     "call a full chunk truncated",
@@ -418,6 +435,7 @@ MUTATIONS = (
     "let the replay carry gradient into the rollout",
     "  made = lax.stop_gradient(made)\n",
     "",
+    ROLLOUT_GRADIENTS,
   ),
   # Paths and guidance.
   Mutation(
@@ -425,42 +443,49 @@ MUTATIONS = (
     "paths.py",
     "return wide(x_t) - expand(t, x_t) * wide(v)",
     "return wide(x_t) + expand(t, x_t) * wide(v)",
+    PATHS,
   ),
   Mutation(
     "swap data and noise",
     "paths.py",
     "(1 - time) * wide(x_0) + time * wide(noise)",
     "time * wide(x_0) + (1 - time) * wide(noise)",
+    PATHS,
   ),
   Mutation(
     "TrigFlow: add where the skip subtracts",
     "paths.py",
     "return (jnp.cos(a) - jnp.sin(a)) * x_t + wide(v) / z",
     "return (jnp.cos(a) + jnp.sin(a)) * x_t + wide(v) / z",
+    PATHS,
   ),
   Mutation(
     "TrigFlow: forget to rescale the velocity",
     "paths.py",
     "* x_t + wide(v) / z",
     "* x_t + wide(v)",
+    PATHS,
   ),
   Mutation(
     "swap the guidance branches",
     "guidance.py",
     "return v_u + scale * (v_c - v_u)",
     "return v_c + scale * (v_u - v_c)",
+    GUIDANCE,
   ),
   Mutation(
     "guide from the conditional branch",
     "guidance.py",
     "return v_u + scale * (v_c - v_u)",
     "return v_c + scale * (v_c - v_u)",
+    GUIDANCE,
   ),
   Mutation(
     "guide a rollout with the branches' caches swapped",
     "sampling/_chunk_model.py",
     "    conditional, unconditional = cache\n",
     "    unconditional, conditional = cache\n",
+    CHUNK_MODEL,
   ),
   # Step counts and the replay of self-forcing, in training.
   Mutation(
@@ -468,11 +493,13 @@ MUTATIONS = (
     "training/_counters.py",
     "cycle = jnp.mod(counter, full_counts[0]) + 1",
     "cycle = jnp.mod(counter, full_counts[0])",
+    COUNTERS,
   ),
   Mutation(
     "leak gradient through the context of the replay",
     "training/objectives/_self_forcing.py",
     "context_gradient=False",
     "context_gradient=True",
+    SELF_FORCING,
   ),
 )
