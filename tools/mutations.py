@@ -180,6 +180,11 @@ MUTATIONS = (
     "speed = jnp.cos(angle) * jnp.sin(angle)",
     "speed = jnp.cos(angle)",
   ),
+  _continuous(
+    "TrigFlow: let gradient through the gap to the teacher",
+    "gap = jax.lax.stop_gradient(f) - f_teacher",
+    "gap = f - f_teacher",
+  ),
   # Discrete consistency.
   _discrete(
     "step the teacher the wrong way",

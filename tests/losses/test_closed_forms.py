@@ -44,89 +44,66 @@ def test_the_tangent_target_vanishes_at_the_consistency_function(loss, time):
   assert (np.asarray(off) > 1e-3).all()
 
 
-def written_out(g):
-  """Equation (18) at v = sg(v): each example's `(||g|| / (||g|| + c))^2`."""
-  norm = jnp.sqrt(jnp.square(g).sum((1, 2)))
-  return jnp.square(norm / (norm + 0.1))
+def assert_regression_onto(g, loss, velocity):
+  """Checks loss and gradient against equation (18), g being a constant.
 
-
-@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
-def test_the_warm_up_weighs_the_tangent_alone(warmup):
-  x_0, noise, t = toy.batch()
-  loss, metrics = losses.continuous_consistency_loss(
-    toy.velocity, toy.PARAMS, toy.teacher, x_0, noise, t, tangent_weight=warmup
-  )
-  x_t = paths.interpolate(x_0, noise, t)
-  v_teacher = toy.teacher(x_t, t)
-  v, dv = jax.jvp(
-    lambda x, t: toy.velocity(toy.PARAMS, x, t),
-    (x_t, t),
-    (v_teacher, jnp.ones_like(t)),
-  )
-  g = v_teacher - v - warmup * t[..., None] * dv
-  np.testing.assert_allclose(loss, written_out(g), rtol=1e-5)
-  tangent_norm = jnp.sqrt(jnp.square(dv).sum((1, 2)))
-  np.testing.assert_allclose(metrics.tangent_norm, tangent_norm, rtol=1e-5)
-
-
-def test_the_gradient_is_that_of_a_constant_target():
-  """`-2 g / (||g|| + c)` through v alone: nothing through g."""
-  x_0, noise, t = toy.batch()
-  arguments = (toy.teacher, x_0, noise, t)
-  x_t = paths.interpolate(x_0, noise, t)
-  v_teacher = toy.teacher(x_t, t)
-  grads = jax.grad(
-    lambda p: losses.continuous_consistency_loss(toy.velocity, p, *arguments)[
-      0
-    ].sum()
-  )(toy.PARAMS)
-  v, dv = jax.jvp(
-    lambda x, t: toy.velocity(toy.PARAMS, x, t),
-    (x_t, t),
-    (v_teacher, jnp.ones_like(t)),
-  )
-  g = v_teacher - v - t[..., None] * dv
+  The loss is `(||g|| / (||g|| + c))^2`, its gradient `-2 g / (||g|| + c)`
+  through the velocity.
+  """
   norm = jnp.sqrt(jnp.square(g).sum((1, 2), keepdims=True))
-  _, pull = jax.vjp(lambda p: toy.velocity(p, x_t, t), toy.PARAMS)
+  _, pull = jax.vjp(velocity, toy.PARAMS)
   (expected,) = pull(-2 * g / (norm + 0.1))
+  value, grads = jax.value_and_grad(lambda p: loss(p).sum())(toy.PARAMS)
+  np.testing.assert_allclose(
+    value, jnp.square(norm / (norm + 0.1)).sum(), rtol=1e-5
+  )
   for key, grad in grads.items():
     np.testing.assert_allclose(grad, expected[key], rtol=1e-4)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
+def test_the_warm_up_weighs_the_tangent_alone(warmup):
+  x_0, noise, t = toy.batch()
+  x_t = paths.interpolate(x_0, noise, t)
+  v_teacher = toy.teacher(x_t, t)
+  v, dv = jax.jvp(
+    lambda x, t: toy.velocity(toy.PARAMS, x, t),
+    (x_t, t),
+    (v_teacher, jnp.ones_like(t)),
+  )
+  loss = lambda p: losses.continuous_consistency_loss(
+    toy.velocity, p, toy.teacher, x_0, noise, t, tangent_weight=warmup
+  )
+  g = v_teacher - v - warmup * t[..., None] * dv
+  assert_regression_onto(
+    g, lambda p: loss(p)[0], lambda p: toy.velocity(p, x_t, t)
+  )
+  tangent_norm = jnp.sqrt(jnp.square(dv).sum((1, 2)))
+  np.testing.assert_allclose(
+    loss(toy.PARAMS)[1].tangent_norm, tangent_norm, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
 def test_the_trigflow_warm_up_weighs_x_and_the_root(warmup):
-  """SPEC section 10, with the tangent taken by central differences."""
-  with jax.enable_x64(True):
-    x_0, noise, t = (a.astype(jnp.float64) for a in toy.batch())
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), toy.PARAMS)
-    angle = paths.angle_from_time(t)
-    loss, _ = losses.trigflow_continuous_consistency_loss(
-      toy.velocity,
-      params,
-      toy.teacher,
-      x_0,
-      noise,
-      angle,
-      tangent_weight=warmup,
-    )
-    student = paths.trigflow_velocity(lambda x, t: toy.velocity(params, x, t))
-    x = paths.trigflow_interpolate(x_0, noise, angle)
-    f_teacher = paths.trigflow_velocity(toy.teacher)(x, angle)
-    sin, cos = jnp.sin(angle)[..., None], jnp.cos(angle)[..., None]
-    h = 1e-5
-    df = (
-      sin
-      * cos
-      * (
-        student(x + h * f_teacher, angle + h)
-        - student(x - h * f_teacher, angle - h)
-      )
-      / (2 * h)
-    )
-    gap = student(x, angle) - f_teacher
-    root = jnp.sqrt(1 - warmup**2 * sin**2)
-    g = -cos * root * gap - (warmup * cos * sin * x + df)
-    np.testing.assert_allclose(loss, written_out(g), rtol=1e-7)
+  x_0, noise, t = toy.batch()
+  angle = paths.angle_from_time(t)
+  x = paths.trigflow_interpolate(x_0, noise, angle)
+  f_teacher = paths.trigflow_velocity(toy.teacher)(x, angle)
+  sin, cos = jnp.sin(angle)[..., None], jnp.cos(angle)[..., None]
+
+  def student(params):
+    return paths.trigflow_velocity(lambda x, t: toy.velocity(params, x, t))
+
+  f, df = jax.jvp(
+    student(toy.PARAMS), (x, angle), (f_teacher, jnp.ones_like(angle))
+  )
+  root = jnp.sqrt(1 - warmup**2 * sin**2)
+  g = -cos * root * (f - f_teacher) - cos * sin * (warmup * x + df)
+  loss = lambda p: losses.trigflow_continuous_consistency_loss(
+    toy.velocity, p, toy.teacher, x_0, noise, angle, tangent_weight=warmup
+  )[0]
+  assert_regression_onto(g, loss, lambda p: student(p)(x, angle))
 
 
 def test_mean_flow_vanishes_at_the_flow_map():
