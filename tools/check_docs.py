@@ -1,10 +1,14 @@
-"""Checks the documentation: relative links resolve and code blocks run.
+"""Checks the documentation: links resolve, names exist, code blocks run.
 
-Every fenced block marked `python` runs in a fresh namespace, unless its fence
-says `python no-run`. Usage: `python tools/check_docs.py README.md docs`.
+A name is inline code that begins with `crcm_jax.`: it must be a module or an
+attribute that can be imported. Every fenced block marked `python` runs in a
+fresh namespace, unless its fence says `python no-run`.
+
+Usage: `python tools/check_docs.py README.md docs`.
 """
 
 import pathlib
+import pydoc
 import re
 import sys
 import traceback
@@ -12,13 +16,15 @@ import warnings
 
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAME = re.compile(r"`(crcm_jax(?:\.\w+)+)(?:\(\))?`")
 HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)
 
 
 def main(arguments: list[str]) -> int:
   """Checks all pages named or found below the folders named."""
   pages = [page for name in arguments for page in _pages(pathlib.Path(name))]
-  problems = [p for page in pages for p in (*_links(page), *_blocks(page))]
+  checks = (_links, _names, _blocks)
+  problems = [p for page in pages for check in checks for p in check(page)]
   for problem in problems:
     print(problem, file=sys.stderr)
   print(f"{len(pages)} pages checked, {len(problems)} problems")
@@ -41,6 +47,13 @@ def _links(page: pathlib.Path):
       yield f"{page}: link to `{target}`: no such file"
     elif anchor and file.suffix == ".md" and anchor not in _anchors(file):
       yield f"{page}: link to `{target}`: no such heading"
+
+
+def _names(page: pathlib.Path):
+  """Yields one message for each name of the library that does not exist."""
+  for name in dict.fromkeys(NAME.findall(FENCE.sub("", page.read_text()))):
+    if pydoc.locate(name) is None:
+      yield f"{page}: `{name}`: no such module or attribute"
 
 
 def _anchors(page: pathlib.Path) -> set[str]:

@@ -44,6 +44,68 @@ def test_the_tangent_target_vanishes_at_the_consistency_function(loss, time):
   assert (np.asarray(off) > 1e-3).all()
 
 
+def assert_regression_onto(g, loss, velocity):
+  """Checks loss and gradient against equation (18), g being a constant.
+
+  The loss is `(||g|| / (||g|| + c))^2`, its gradient `-2 g / (||g|| + c)`
+  through the velocity.
+  """
+  norm = jnp.sqrt(jnp.square(g).sum((1, 2), keepdims=True))
+  _, pull = jax.vjp(velocity, toy.PARAMS)
+  (expected,) = pull(-2 * g / (norm + 0.1))
+  value, grads = jax.value_and_grad(lambda p: loss(p).sum())(toy.PARAMS)
+  np.testing.assert_allclose(
+    value, jnp.square(norm / (norm + 0.1)).sum(), rtol=1e-5
+  )
+  for key, grad in grads.items():
+    np.testing.assert_allclose(grad, expected[key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
+def test_the_warm_up_weighs_the_tangent_alone(warmup):
+  x_0, noise, t = toy.batch()
+  x_t = paths.interpolate(x_0, noise, t)
+  v_teacher = toy.teacher(x_t, t)
+  v, dv = jax.jvp(
+    lambda x, t: toy.velocity(toy.PARAMS, x, t),
+    (x_t, t),
+    (v_teacher, jnp.ones_like(t)),
+  )
+  loss = lambda p: losses.continuous_consistency_loss(
+    toy.velocity, p, toy.teacher, x_0, noise, t, tangent_weight=warmup
+  )
+  g = v_teacher - v - warmup * t[..., None] * dv
+  assert_regression_onto(
+    g, lambda p: loss(p)[0], lambda p: toy.velocity(p, x_t, t)
+  )
+  tangent_norm = jnp.sqrt(jnp.square(dv).sum((1, 2)))
+  np.testing.assert_allclose(
+    loss(toy.PARAMS)[1].tangent_norm, tangent_norm, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
+def test_the_trigflow_warm_up_weighs_x_and_the_root(warmup):
+  x_0, noise, t = toy.batch()
+  angle = paths.angle_from_time(t)
+  x = paths.trigflow_interpolate(x_0, noise, angle)
+  f_teacher = paths.trigflow_velocity(toy.teacher)(x, angle)
+  sin, cos = jnp.sin(angle)[..., None], jnp.cos(angle)[..., None]
+
+  def student(params):
+    return paths.trigflow_velocity(lambda x, t: toy.velocity(params, x, t))
+
+  f, df = jax.jvp(
+    student(toy.PARAMS), (x, angle), (f_teacher, jnp.ones_like(angle))
+  )
+  root = jnp.sqrt(1 - warmup**2 * sin**2)
+  g = -cos * root * (f - f_teacher) - cos * sin * (warmup * x + df)
+  loss = lambda p: losses.trigflow_continuous_consistency_loss(
+    toy.velocity, p, toy.teacher, x_0, noise, angle, tangent_weight=warmup
+  )[0]
+  assert_regression_onto(g, loss, lambda p: student(p)(x, angle))
+
+
 def test_mean_flow_vanishes_at_the_flow_map():
   def average(params, x, t, end_time):
     jump = x - REAL.flow_map(x, t, end_time)
@@ -82,21 +144,56 @@ def test_mean_flow_without_a_teacher_follows_the_draw():
   np.testing.assert_array_equal(free[0], taught[0])
 
 
-def test_the_gap_of_discrete_consistency_falls_quadratically():
-  """One Euler step errs by O(h^2), so P - Q does at the exact function."""
+@pytest.mark.parametrize(
+  ("loss", "time"),
+  [
+    (losses.discrete_consistency_loss, lambda t: t),
+    (losses.trigflow_discrete_consistency_loss, paths.angle_from_time),
+  ],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_discrete_consistency_is_of_the_order_of_its_teachers_steps(
+  loss, time, steps
+):
+  """At the exact function: one Euler step errs by O(h^2), the loss squares."""
   with jax.enable_x64(True):
     x_0, noise, t = draws(jnp.float64)
 
     @jax.jit
-    def gap(h):
-      times = jnp.stack([t, t - h], axis=-1)
-      _, metrics = losses.discrete_consistency_loss(
-        exact, 0.0, REAL.velocity, x_0, noise, times
-      )
-      return metrics.gap
+    def value(h):
+      times = time(t)[:, None] - h * jnp.arange(steps + 1.0)[None]
+      return loss(exact, 0.0, REAL.velocity, x_0, noise, times)[0]
 
-    slope = jnp.log2(gap(0.02) / gap(0.01))
-  np.testing.assert_allclose(slope, 2, atol=0.15)
+    slope = jnp.log2(value(0.02) / value(0.01))
+  np.testing.assert_allclose(slope, 4, atol=0.35)
+
+
+def test_discrete_consistency_tends_to_continuous():
+  """P - Q is h g to first order, and P moves by -t dv."""
+  with jax.enable_x64(True):
+    keys = jax.random.split(jax.random.key(2), 2)
+    x_0, noise = (jax.random.normal(k, (1, 2), jnp.float64) for k in keys)
+    t, h = jnp.array([0.6]), 1e-6
+    velocity = lambda p, x, t: jnp.sin(p["w"] * x) + p["b"] * t[:, None]
+    params = {"w": jnp.array([[1.3, -0.4]]), "b": jnp.array([[0.2, 0.1]])}
+    arguments = (REAL.velocity, x_0, noise)
+
+    discrete = jax.grad(
+      lambda p: losses.discrete_consistency_loss(
+        velocity, p, *arguments, jnp.stack([t, t - h], axis=-1)
+      )[0].sum()
+    )(params)
+
+    def continuous_loss(p):
+      loss, metrics = losses.continuous_consistency_loss(
+        velocity, p, *arguments, t
+      )
+      return loss.sum(), metrics
+
+    continuous, metrics = jax.grad(continuous_loss, has_aux=True)(params)
+    scale = (h * t * metrics.normaliser / x_0.size)[:, None]
+    for key, grad in discrete.items():
+      np.testing.assert_allclose(grad, scale * continuous[key], rtol=1e-4)
 
 
 def test_distribution_matching_descends_the_score_difference():

@@ -62,6 +62,15 @@ def test_the_flow_map_solves_the_ode():
     )
 
 
+def test_the_data_may_lie_in_a_subspace():
+  teacher = GaussianTeacher([1.0, 0.0], np.outer([0.6, 0.8], [0.6, 0.8]))
+  ends = teacher.consistency_function(X, T)
+  for x_0 in (ends, teacher.sample(jax.random.key(0), 5)):
+    off = (x_0 - jnp.array([[1.0, 0.0]])) @ jnp.array([-0.8, 0.6])
+    np.testing.assert_allclose(off, 0, atol=1e-5)
+  assert jnp.isfinite(teacher.score(X, T)).all()
+
+
 @pytest.mark.parametrize("teacher", [GAUSSIAN, MIXTURE])
 def test_samples_have_the_datas_moments(teacher):
   x = teacher.sample(jax.random.key(0), 20000)
