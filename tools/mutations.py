@@ -200,7 +200,7 @@ MUTATIONS = (
     "move a removed frame",
     "step = expand(moves * (t - t_next), x)",
     "step = expand(t - t_next, x)",
-    ARGUMENTS,
+    GRADIENTS,
   ),
   _discrete(
     "take the target's prediction at the student's time",

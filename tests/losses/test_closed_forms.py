@@ -196,6 +196,27 @@ def test_discrete_consistency_tends_to_continuous():
       np.testing.assert_allclose(grad, scale * continuous[key], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["discrete", "trigflow_discrete"])
+def test_discrete_consistency_reduces_as_the_reference_does(name):
+  """Rectified flow averages the features of a frame, TrigFlow sums them."""
+  x_0, noise, t = toy.batch()
+  loss, metrics = toy.LOSSES[name](
+    toy.velocity, toy.PARAMS, toy.teacher, x_0, noise, t
+  )
+  count = toy.F if name == "discrete" else toy.F * toy.C
+  np.testing.assert_allclose(loss, count * metrics.gap**2, rtol=1e-5)
+
+
+def test_distribution_matching_divides_by_the_distance_from_the_real():
+  x_0, noise, t = draws()
+  _, metrics = losses.distribution_matching_target(
+    x_0, noise, t, REAL.velocity, FAKE.velocity
+  )
+  x_t = paths.interpolate(x_0, noise, t)
+  r = paths.data_prediction(x_t, REAL.velocity(x_t, t), t)
+  np.testing.assert_allclose(metrics.scale, jnp.abs(x_0 - r).mean(1), rtol=1e-5)
+
+
 def test_distribution_matching_descends_the_score_difference():
   x_0, noise, t = draws()
   matching = lambda x: losses.distribution_matching_loss(
@@ -280,6 +301,12 @@ def test_the_critic_reduces_everything(reduction):
   error = toy.velocity(toy.PARAMS, x_t, t) - (noise - x_0)
   expected = getattr(weight[..., None] * error**2, reduction)((1, 2))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_the_critic_averages_unless_told_otherwise():
+  arguments = (toy.velocity, toy.PARAMS, *toy.batch())
+  loss, metrics = losses.critic_loss(*arguments)
+  np.testing.assert_array_equal(loss, metrics.error)
 
 
 def test_the_critic_does_not_move_the_samples():

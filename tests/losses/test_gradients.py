@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy_losses as toy
 
-from crcm_jax import losses
+from crcm_jax import losses, paths
 
 DISCRETE = ["discrete", "trigflow_discrete"]
 
@@ -116,3 +116,28 @@ def test_a_removed_frame_may_overflow(name):
   expected_grads, expected = run(x_0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert_equal(grads, expected_grads)
+
+
+def test_a_removed_frame_does_not_follow_the_teacher():
+  x_0, noise, t = toy.batch()
+  weight = jnp.ones((toy.B, toy.F)).at[:, 0].set(0)
+  seen = []
+
+  def target(x, t):
+    seen.append(x)
+    return toy.teacher(x, t)
+
+  times = jnp.stack([t, 0.5 * t], axis=-1)
+  losses.discrete_consistency_loss(
+    toy.velocity,
+    toy.PARAMS,
+    toy.teacher,
+    x_0,
+    noise,
+    times,
+    target=target,
+    frame_weight=weight,
+  )
+  still = seen[0] == paths.interpolate(x_0, noise, t)
+  assert still[:, 0].all()
+  assert not still[:, 1:].any()
