@@ -52,6 +52,7 @@ from crcm_jax.kernels.pallas_tpu_plan import OUT, READ
 
 WIDEST = 256
 DTYPES = ("bfloat16", "float32")
+MOST_STEPS = 16 * 1024  # half a MiB of scalar memory, which holds one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,12 @@ class PallasTpu:
       raise NotImplementedError(
         f"its heads have at most {WIDEST} channels, not {x.q.shape[-1]}"
       )
+    steps = self._most_steps(problem, x)
+    if steps > MOST_STEPS:
+      raise NotImplementedError(
+        f"its list of {steps} pairs of tiles exceeds the {MOST_STEPS} that fit "
+        f"a TPU's scalar memory; `TpuBlocks` sets larger tiles"
+      )
 
   def tables(
     self, mask: BlockMask, lengths: Sequence[int]
@@ -141,10 +148,8 @@ class PallasTpu:
     wanted: Sequence[bool],
   ) -> list[Array]:
     """Computes the wanted cotangents: one kernel for q, one for each pair."""
-    delta = jnp.einsum(
-      "bsnd,bsnd->bns", o, do, preferred_element_type=jnp.float32
-    )
-    statistics = dict(do=do, lse=lse, delta=delta)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1)
+    statistics = dict(do=do, lse=lse, delta=delta.swapaxes(1, 2))
     grads = [self._dq(problem, x, statistics)] if wanted[0] else []
     for pair in range(problem.pairs):
       asked = wanted[1 + 2 * pair : 3 + 2 * pair]
@@ -264,6 +269,17 @@ class PallasTpu:
       return plan.ranged_dkv_table(x.ranges, tiles.count, y, size)
     table = x.tables[1 + pair - problem.ranged]
     return table, table.shape[1] - 1
+
+  def _most_steps(self, problem: Problem, x: Operands) -> int:
+    """The length of the longest table."""
+    lengths = tuple(k.shape[1] for k in x.keys)
+    tables = _tables(self.blocks, problem.mask, lengths[problem.ranged :])
+    steps = max(table.shape[1] for table in tables)
+    if problem.ranged and x.ranges is not None:
+      tiles = _query_tiles(self.blocks, problem.mask).count
+      context = -(-lengths[0] // min(self.blocks.keys, self.blocks.dkv_keys))
+      steps += tiles * len(x.ranges) * context
+    return steps
 
   def _launch(self, name, body, problem, steps, *, inputs, outputs, sums):
     """Runs a kernel over a grid of (batch, heads, steps)."""

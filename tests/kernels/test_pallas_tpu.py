@@ -214,6 +214,13 @@ def test_refusals(dtype, width, message):
     kernels.attention(x, x, x, implementation="pallas_tpu")
 
 
+def test_a_list_of_tiles_that_is_too_long_is_refused():
+  x = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.bfloat16)
+  attend = functools.partial(kernels.attention, implementation="pallas_tpu")
+  with pytest.raises(NotImplementedError, match="65537 pairs of tiles exceeds"):
+    jax.eval_shape(attend, x, x, x)
+
+
 def test_blocks_are_whole_registers():
   with pytest.raises(ValueError, match="`keys` must be a positive multiple of"):
     TpuBlocks(keys=200)
