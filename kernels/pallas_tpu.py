@@ -87,12 +87,13 @@ class PallasTpu:
   Attributes:
     blocks: Sizes of tiles.
     interpret: True or a `pltpu.InterpretParams` runs the kernels on a CPU.
-    vmem_limit_bytes: What a kernel may take of the chip's VMEM.
+    vmem_limit_bytes: What a kernel may take of the chip's VMEM; None: 48 MiB,
+      or 60 MiB for float32 heads wider than 128 (chips have 64 or 128).
   """
 
   blocks: TpuBlocks = TpuBlocks()
   interpret: Any = False
-  vmem_limit_bytes: int = 48 * 2**20
+  vmem_limit_bytes: int | None = None
   name: str = "pallas_tpu"
   platforms: tuple[str, ...] = ("tpu",)
 
@@ -169,9 +170,9 @@ class PallasTpu:
     row, column = _scratch(tiles.size, at.width), _scratch(tiles.size, LANES)
     o_, lse_, to = self._launch(
       name,
-      bodies.attend,
-      problem,
+      functools.partial(bodies.attend, scale=problem.scale),
       self._attend_steps(problem, x, tiles),
+      cost=_cost(problem, x, _attend_products(t, fresh)),
       inputs=(
         Queries(*map(at.queries, (x.q, t.q, o)), lse=at.statistics(lse)),
         self._pairs(at, x, t),
@@ -203,9 +204,9 @@ class PallasTpu:
     row, column = _scratch(tiles.size, at.width), _scratch(tiles.size, LANES)
     dq = self._launch(
       "dq",
-      bodies.dq,
-      problem,
+      functools.partial(bodies.dq, scale=problem.scale),
       self._attend_steps(problem, x, tiles),
+      cost=_cost(problem, x, (3,) * problem.pairs),
       inputs=(
         _backward_queries(at, **statistics),
         self._pairs(at, x, Tangents(None, zero, zero)),
@@ -223,11 +224,13 @@ class PallasTpu:
     z = x.keys[pair].shape[1]
     size = key_block(self.blocks.dkv_keys, z)
     of_asked = lambda a: Keys(*(a if want else None for want in asked))
+    products = [0] * problem.pairs
+    products[pair] = 1 + 2 * asked[0] + asked[1]
     grads = self._launch(
       "dkv",
-      bodies.dkv,
-      problem,
+      functools.partial(bodies.dkv, scale=problem.scale),
       self._dkv_steps(problem, x, pair, tiles),
+      cost=_cost(problem, x, products),
       inputs=(
         _backward_queries(at, **statistics),
         Keys(
@@ -281,16 +284,18 @@ class PallasTpu:
       steps += tiles * len(x.ranges) * context
     return steps
 
-  def _launch(self, name, body, problem, steps, *, inputs, outputs, sums):
+  def _launch(self, name, body, steps, *, cost, inputs, outputs, sums):
     """Runs a kernel over a grid of (batch, heads, steps)."""
     table, count = steps
     q = inputs[0].q  # every kernel reads queries first
     batch, _, channels = q.array.shape
-    heads = channels // q.spec.block_shape[-1]
+    width = q.spec.block_shape[-1]
+    heads = channels // width
+    wide = width * q.array.dtype.itemsize > 512
     arrays, in_specs = _unzip(inputs)
     shapes, out_specs = _unzip((outputs,))
     return pl.pallas_call(
-      functools.partial(body, scale=problem.scale),
+      body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(batch, heads, count),
@@ -301,11 +306,39 @@ class PallasTpu:
       out_shape=shapes,
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=self.vmem_limit_bytes,
+        vmem_limit_bytes=self.vmem_limit_bytes or (60 if wide else 48) * 2**20,
       ),
+      cost_estimate=cost,
       interpret=self.interpret,
       name=f"attention_{name}",
     )(table, *arrays)[0]
+
+
+def _attend_products(t: Tangents, fresh: bool) -> list[int]:
+  """Products over a tile of each pair, as the table above counts them."""
+  products = []
+  for tk, tv in zip(t.keys, t.values, strict=True):
+    scores = (t.q is not None) + (tk is not None)
+    mixed = scores > 0
+    products.append(1 + fresh + scores + mixed + (tv is not None))
+  return products
+
+
+def _cost(
+  problem: Problem, x: Operands, products: Sequence[int]
+) -> pl.CostEstimate:
+  """What a kernel takes; run-time ranges are assumed to show everything."""
+  b, s, n, d = x.q.shape
+  lengths = [k.shape[1] for k in x.keys]
+  pairs = problem.mask.visible_pairs(lengths[problem.ranged :])
+  if problem.ranged:
+    pairs.insert(0, s * lengths[0])
+  tokens = 2 * s + 2 * sum(lengths)
+  return pl.CostEstimate(
+    flops=2 * b * n * d * int(np.dot(pairs, products)),
+    transcendentals=b * n * int(np.dot(pairs, np.sign(products))),
+    bytes_accessed=tokens * b * n * d * x.q.dtype.itemsize,
+  )
 
 
 def _backward_queries(at: Layout, do, lse, delta) -> Queries:
