@@ -82,14 +82,6 @@ def draw(seed, tokens, width, dtype, heads=HEADS):
   )
 
 
-def pairs(mask) -> int:
-  """Visible (query, key) pairs."""
-  return sum(
-    (row.queries[1] - row.queries[0]) * sum(b - a for a, b in row.keys)
-    for row in mask.rows
-  )
-
-
 def streams(first, rest):
   """Masks of the clean and the noisy stream."""
   boundaries = ChunkPattern(first, rest).token_boundaries(FRAMES, TOKENS)
@@ -139,15 +131,15 @@ def works(backend, width=128, dtype=jnp.bfloat16):
   ):
     clean, noisy = streams(first, rest)
     both = teacher_forcing(clean, noisy, backend)
-    own = sum((r.queries[1] - r.queries[0]) ** 2 for r in noisy.rows)
-    history = pairs(noisy) - own
+    (past,) = clean.visible_pairs([tokens])
+    history, own = noisy.visible_pairs([tokens, tokens])
     name = f"({first}, {rest})"
-    forward = 2 * (pairs(clean) + pairs(noisy))
+    forward = 2 * (past + history + own)
     yield Work(
       f"clean + noisy, output and tangent, {name}",
       jax.jit(tangent(both)),
       (six[:3], six[3:], moved),
-      2 * pairs(clean) + 4 * history + 6 * own,
+      2 * past + 4 * history + 6 * own,
       *anchors[0],
     )
     yield Work(

@@ -272,6 +272,19 @@ class BlockMask:
       masks.append(BlockMask(tuple(rows), self.num_queries))
     return tuple(masks)
 
+  def visible_pairs(self, lengths: Sequence[int]) -> list[int]:
+    """Returns how many (query, key) pairs are visible in each key array.
+
+    Args:
+      lengths: Tokens of each key array, together `num_keys`.
+    """
+    pairs = [0] * len(lengths)
+    for row in self.rows:
+      queries = row.queries[1] - row.queries[0]
+      for i, spans in enumerate(self.split(row, lengths)):
+        pairs[i] += queries * sum(stop - start for start, stop in spans)
+    return pairs
+
   def tile_size(self, block: int) -> int:
     """Returns the most even tile of at most `block` queries for the rows."""
     longest = max(stop - start for (start, stop), _ in self.rows)

@@ -52,6 +52,7 @@ from crcm_jax.kernels.pallas_tpu_plan import OUT, READ
 
 WIDEST = 256
 DTYPES = ("bfloat16", "float32")
+MOST_STEPS = 16 * 1024  # half a MiB of scalar memory, which holds one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,13 @@ class PallasTpu:
   Attributes:
     blocks: Sizes of tiles.
     interpret: True or a `pltpu.InterpretParams` runs the kernels on a CPU.
-    vmem_limit_bytes: What a kernel may take of the chip's VMEM.
+    vmem_limit_bytes: What a kernel may take of the chip's VMEM; None: 48 MiB,
+      or 60 MiB for float32 heads wider than 128 (chips have 64 or 128).
   """
 
   blocks: TpuBlocks = TpuBlocks()
   interpret: Any = False
-  vmem_limit_bytes: int = 48 * 2**20
+  vmem_limit_bytes: int | None = None
   name: str = "pallas_tpu"
   platforms: tuple[str, ...] = ("tpu",)
 
@@ -104,6 +106,12 @@ class PallasTpu:
     if x.q.shape[-1] > WIDEST:
       raise NotImplementedError(
         f"its heads have at most {WIDEST} channels, not {x.q.shape[-1]}"
+      )
+    steps = self._most_steps(problem, x)
+    if steps > MOST_STEPS:
+      raise NotImplementedError(
+        f"its list of {steps} pairs of tiles exceeds the {MOST_STEPS} that fit "
+        f"a TPU's scalar memory; `TpuBlocks` sets larger tiles"
       )
 
   def tables(self, problem: Problem, x: Operands) -> tuple[Array, ...]:
@@ -140,10 +148,8 @@ class PallasTpu:
     wanted: Sequence[bool],
   ) -> list[Array]:
     """Computes the wanted cotangents: one kernel for q, one for each pair."""
-    delta = jnp.einsum(
-      "bsnd,bsnd->bns", o, do, preferred_element_type=jnp.float32
-    )
-    statistics = dict(do=do, lse=lse, delta=delta)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1)
+    statistics = dict(do=do, lse=lse, delta=delta.swapaxes(1, 2))
     grads = [self._dq(problem, x, statistics)] if wanted[0] else []
     for pair in range(problem.pairs):
       asked = wanted[1 + 2 * pair : 3 + 2 * pair]
@@ -163,9 +169,9 @@ class PallasTpu:
     row, column = _scratch(tiles.size, at.width), _scratch(tiles.size, LANES)
     o_, lse_, to = self._launch(
       name,
-      bodies.attend,
-      problem,
+      functools.partial(bodies.attend, scale=problem.scale),
       self._attend_steps(problem, x, tiles),
+      cost=_cost(problem, x, _attend_products(t, fresh)),
       inputs=(
         Queries(*map(at.queries, (x.q, t.q, o)), lse=at.statistics(lse)),
         self._pairs(at, x, t),
@@ -197,9 +203,9 @@ class PallasTpu:
     row, column = _scratch(tiles.size, at.width), _scratch(tiles.size, LANES)
     dq = self._launch(
       "dq",
-      bodies.dq,
-      problem,
+      functools.partial(bodies.dq, scale=problem.scale),
       self._attend_steps(problem, x, tiles),
+      cost=_cost(problem, x, (3,) * problem.pairs),
       inputs=(
         _backward_queries(at, **statistics),
         self._pairs(at, x, Tangents(None, zero, zero)),
@@ -217,11 +223,13 @@ class PallasTpu:
     z = x.keys[pair].shape[1]
     size = key_block(self.blocks.dkv_keys, z)
     of_asked = lambda a: Keys(*(a if want else None for want in asked))
+    products = [0] * problem.pairs
+    products[pair] = 1 + 2 * asked[0] + asked[1]
     grads = self._launch(
       "dkv",
-      bodies.dkv,
-      problem,
+      functools.partial(bodies.dkv, scale=problem.scale),
       self._dkv_steps(problem, x, pair, tiles),
+      cost=_cost(problem, x, products),
       inputs=(
         _backward_queries(at, **statistics),
         Keys(
@@ -264,16 +272,29 @@ class PallasTpu:
     table = x.tables[1 + pair - problem.ranged]
     return table, table.shape[1] - 1
 
-  def _launch(self, name, body, problem, steps, *, inputs, outputs, sums):
+  def _most_steps(self, problem: Problem, x: Operands) -> int:
+    """The length of the longest table."""
+    lengths = tuple(k.shape[1] for k in x.keys)
+    tables = _tables(self.blocks, problem.mask, lengths[problem.ranged :])
+    steps = max(table.shape[1] for table in tables)
+    if problem.ranged and x.ranges is not None:
+      tiles = _query_tiles(self.blocks, problem.mask).count
+      context = -(-lengths[0] // min(self.blocks.keys, self.blocks.dkv_keys))
+      steps += tiles * len(x.ranges) * context
+    return steps
+
+  def _launch(self, name, body, steps, *, cost, inputs, outputs, sums):
     """Runs a kernel over a grid of (batch, heads, steps)."""
     table, count = steps
     q = inputs[0].q  # every kernel reads queries first
     batch, _, channels = q.array.shape
-    heads = channels // q.spec.block_shape[-1]
+    width = q.spec.block_shape[-1]
+    heads = channels // width
+    wide = width * q.array.dtype.itemsize > 512
     arrays, in_specs = _unzip(inputs)
     shapes, out_specs = _unzip((outputs,))
     return pl.pallas_call(
-      functools.partial(body, scale=problem.scale),
+      body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(batch, heads, count),
@@ -284,11 +305,39 @@ class PallasTpu:
       out_shape=shapes,
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=self.vmem_limit_bytes,
+        vmem_limit_bytes=self.vmem_limit_bytes or (60 if wide else 48) * 2**20,
       ),
+      cost_estimate=cost,
       interpret=self.interpret,
       name=f"attention_{name}",
     )(table, *arrays)[0]
+
+
+def _attend_products(t: Tangents, fresh: bool) -> list[int]:
+  """Products over a tile of each pair, as the table above counts them."""
+  products = []
+  for tk, tv in zip(t.keys, t.values, strict=True):
+    scores = (t.q is not None) + (tk is not None)
+    mixed = scores > 0
+    products.append(1 + fresh + scores + mixed + (tv is not None))
+  return products
+
+
+def _cost(
+  problem: Problem, x: Operands, products: Sequence[int]
+) -> pl.CostEstimate:
+  """What a kernel takes; run-time ranges are assumed to show everything."""
+  b, s, n, d = x.q.shape
+  lengths = [k.shape[1] for k in x.keys]
+  pairs = problem.mask.visible_pairs(lengths[problem.ranged :])
+  if problem.ranged:
+    pairs.insert(0, s * lengths[0])
+  tokens = 2 * s + 2 * sum(lengths)
+  return pl.CostEstimate(
+    flops=2 * b * n * d * int(np.dot(pairs, products)),
+    transcendentals=b * n * int(np.dot(pairs, np.sign(products))),
+    bytes_accessed=tokens * b * n * d * x.q.dtype.itemsize,
+  )
 
 
 def _backward_queries(at: Layout, do, lse, delta) -> Queries:

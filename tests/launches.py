@@ -62,7 +62,7 @@ def lowered(traced, platform: str) -> collections.Counter:
 
 def compiled(program) -> set[str]:
   """Names of the attention kernels that a program compiled for TPUs calls."""
-  call = r'%attention_(\w+?)[.\w]* = .* custom_call_target="tpu_custom_call"'
+  call = r'%attention_([a-z]+)[.\w]* = .* custom_call_target="tpu_custom_call"'
   return set(re.findall(call, program.as_text()))
 
 

@@ -33,6 +33,8 @@ def test_compiles(topology, name):
   """The backward runs the forward too."""
   program = benchmark.programs("pallas_tpu")[name]
   compiled = benchmark.compile_for(topology, program)
-  assert launches.compiled(compiled) == set(program.kernels)
+  assert launches.compiled(compiled) == program.kernels
+  flops = compiled.cost_analysis()["flops"]
+  assert flops == pytest.approx(benchmark.flops(program), rel=0.01)
   memory = compiled.memory_analysis()
   assert memory.temp_size_in_bytes < 1.5e9  # scores alone would take 80e9

@@ -90,6 +90,12 @@ def test_noisy_rows_are_the_lower_half_of_teacher_forcing():
   np.testing.assert_array_equal(whole[7:], noisy)
 
 
+def test_visible_pairs_are_counted():
+  mask = BlockMask.noisy_rows((0, 2, 5))
+  dense = mask.dense()
+  assert mask.visible_pairs((5, 5)) == [dense[:, :5].sum(), dense[:, 5:].sum()]
+
+
 def test_a_mask_is_a_static_argument():
   first, second = (BlockMask.block_causal((0, 2, 4)) for _ in range(2))
   assert first == second

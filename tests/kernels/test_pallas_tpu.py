@@ -214,6 +214,13 @@ def test_refusals(dtype, width, message):
     kernels.attention(x, x, x, implementation="pallas_tpu")
 
 
+def test_a_list_of_tiles_that_is_too_long_is_refused():
+  x = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.bfloat16)
+  attend = functools.partial(kernels.attention, implementation="pallas_tpu")
+  with pytest.raises(NotImplementedError, match="65537 pairs of tiles exceeds"):
+    jax.eval_shape(attend, x, x, x)
+
+
 def test_blocks_are_whole_registers():
   with pytest.raises(ValueError, match="`keys` must be a positive multiple of"):
     TpuBlocks(keys=200)
@@ -229,6 +236,34 @@ def test_a_mesh_of_tpus_selects_the_kernels():
   assert eqn.params["problem"].backend == PallasTpu()
   (eqn,) = jax.make_jaxpr(kernels.attention)(x, x, x).eqns
   assert eqn.params["problem"].backend == kernels.Xla()
+
+
+def _covered(table, tiles, size, transposed):
+  """How often the steps of a table visit each (padded query, key)."""
+  seen = np.zeros((tiles.total, 64), np.float32)
+  for out, _, low, high, read in table[:, :-1].T:
+    query, key = (read, out) if transposed else (out, read)
+    rows = slice(query * tiles.size, (query + 1) * tiles.size)
+    seen[rows, key * size + low : key * size + high] += 1
+  return tiles.unpad(jnp.asarray(seen)[None])[0]
+
+
+@pytest.mark.parametrize("name", ["block_causal", "window", "packed", "blind"])
+def test_tables_visit_what_is_visible_once(name):
+  mask = CASES[name].mask
+  want = mask.dense().astype(int)
+  z = mask.num_keys
+  tiles = QueryTiles.of(mask, 3, 1)
+  for table, transposed in (
+    (plan.attend_table(mask, (z,), tiles, (4,)), False),
+    (plan.dkv_table(mask, (z,), 0, tiles, 4), True),
+  ):
+    got = _covered(table, tiles, 4, transposed)
+    np.testing.assert_array_equal(got[:, :z], want)
+    assert not got[:, z:].any()
+    assert sorted(set(table[plan.OUT, :-1])) == list(
+      range(-(-z // 4) if transposed else tiles.count)
+    )
 
 
 def test_a_short_prefix_is_few_steps():
