@@ -18,8 +18,6 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "parity.md"
 TESTS = (
@@ -102,10 +100,15 @@ def read_rows(errors: pathlib.Path) -> dict[str, Row]:
 
 
 def _row(case: str, what: str) -> str:
-  """Returns the row of a case; masks share one, single numbers have one."""
+  """Returns the row of a number; some tables of one kind share one."""
   if case.startswith("masks/"):
     return "masks"
-  return f"{case}/{what}" if case in ("misc", "components") else case
+  if case not in ("misc", "components"):
+    return case
+  for kind in ("alternation", "ctx_time"):
+    if what.startswith(kind):
+      return f"{case}/{kind}_*"
+  return f"{case}/{what}"
 
 
 def recorded_cases(golden: str | None) -> set[str]:
@@ -126,7 +129,7 @@ def write_page(rows: dict[str, Row], complete: bool) -> None:
   command += " --golden FOLDER" if complete else ""
   source = (
     "It read the complete recordings, of which `tests/golden` holds a part:"
-    " fewer attention masks, and sketches of some gradients.\n"
+    " fewer cases of attention, and sketches of some gradients.\n"
     if complete
     else ""
   )
@@ -141,10 +144,18 @@ def write_page(rows: dict[str, Row], complete: bool) -> None:
   ]
   for name in sorted(rows):
     row = rows[name]
-    what = "286 masks" if name == "masks" else ", ".join(row.what)
     cells = (_cell(row.errors.get(column)) for column in COLUMNS)
-    lines.append(f"| `{name}` | {what} | {' | '.join(cells)} |")
+    lines.append(f"| `{name}` | {_what(name, row)} | {' | '.join(cells)} |")
   PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _what(name: str, row: Row) -> str:
+  """Returns what a row compares; a row of one number is named by it."""
+  if name == "masks":
+    return "286 masks"
+  if name.endswith("_*"):
+    return f"{len(row.what)} tables"
+  return "" if name.startswith(("misc", "components")) else ", ".join(row.what)
 
 
 def _largest(rows: dict[str, Row]) -> str:
@@ -158,7 +169,7 @@ def _largest(rows: dict[str, Row]) -> str:
 def _cell(error: float | None) -> str:
   if error is None:
     return "-"
-  return "0" if error == 0 else np.format_float_scientific(error, 1)
+  return "0" if error == 0 else f"{error:.1e}"
 
 
 def _jax_version() -> str:
