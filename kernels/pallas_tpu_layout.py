@@ -103,6 +103,8 @@ class QueryTiles:
     parts, at = [], 0
     for (before, after), group in itertools.groupby(zip(old, new, strict=True)):
       length = before * len(list(group))
+      if not length:
+        continue
       part = x[:, at : at + length].reshape(b, -1, before, w)
       part = jnp.pad(
         part, ((0, 0), (0, 0), (0, max(after - before, 0)), (0, 0))

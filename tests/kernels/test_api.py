@@ -119,7 +119,7 @@ def picky(monkeypatch):
     ),
     (
       ValueError,
-      "`implementation` must be one of ['pallas_tpu', 'xla']; got ",
+      "`implementation` must be one of ['pallas_tpu', 'xla']; got 'cuda'.",
       (X, X, X),
       dict(implementation="cuda"),
     ),
