@@ -302,6 +302,12 @@ def test_a_short_prefix_is_few_steps():
   assert steps((0, 600), (7000, 7001)) == 4
 
 
+def test_tiles_are_large():
+  """No padding is saved at the cost of many small tiles."""
+  mask = kernels.BlockMask.full(100 * 1280, 1)
+  assert QueryTiles.of(mask, 2048, 16).size > 2000
+
+
 def test_padding_is_little():
   """A frame of 1,560 tokens is one tile of 1,568 queries."""
   mask = kernels.BlockMask.block_causal(tuple(range(0, 7801, 1560)))
