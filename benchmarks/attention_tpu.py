@@ -23,7 +23,7 @@ import numpy as np
 
 HEADS, WIDTH, FRAMES, TOKENS = 12, 128, 21, 1560
 LENGTH = FRAMES * TOKENS
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
 class Program(NamedTuple):
@@ -157,10 +157,11 @@ def least_cycles(
 ) -> float:
   """Cycles that the matrix units need for a tile, heads being 128 wide.
 
-  v5e and v5p have four 128 x 128 units a core; v6e has two of 256 x 256 at two
-  rows a cycle, which such heads fill by half.
+  v5e and v5p have four 128 x 128 units a core; v6e and 7x have two of 256 x
+  256 at two rows a cycle, which such heads fill by half.
   """
-  rate = 2 * 2 * 256 * 128 if topology.startswith("v6e") else 4 * 128 * 128
+  four = topology.startswith("v5")
+  rate = 4 * 128 * 128 if four else 2 * 2 * 256 * 128
   return products * queries * keys * WIDTH / rate
 
 

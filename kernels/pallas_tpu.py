@@ -98,7 +98,7 @@ class PallasTpu:
   platforms: tuple[str, ...] = ("tpu",)
 
   def supports(self, problem: Problem, x: Operands) -> None:
-    """Refuses other dtypes and wider heads."""
+    """Refuses other dtypes, wider heads, and what has no or too many tiles."""
     if x.q.dtype.name not in DTYPES:
       raise NotImplementedError(
         f"it computes in {' or '.join(DTYPES)}, not in {x.q.dtype}"
@@ -107,6 +107,8 @@ class PallasTpu:
       raise NotImplementedError(
         f"its heads have at most {WIDEST} channels, not {x.q.shape[-1]}"
       )
+    if not all(a.size for a in (x.q, *x.keys)):
+      raise NotImplementedError("its arrays must not be empty")
     steps = self._most_steps(problem, x)
     if steps > MOST_STEPS:
       raise NotImplementedError(
@@ -277,7 +279,7 @@ class PallasTpu:
     lengths = tuple(k.shape[1] for k in x.keys)
     tables = _tables(self.blocks, problem.mask, lengths[problem.ranged :])
     steps = max(table.shape[1] for table in tables)
-    if problem.ranged and x.ranges is not None:
+    if x.ranges is not None:
       tiles = _query_tiles(self.blocks, problem.mask).count
       context = -(-lengths[0] // min(self.blocks.keys, self.blocks.dkv_keys))
       steps += tiles * len(x.ranges) * context

@@ -23,6 +23,7 @@ from crcm_jax.kernels.mask import BlockMask
 
 LANES = 128
 SUBLANES = 16  # of bfloat16; float32 has 8
+_OVERHEAD = 64  # what a query tile costs besides its queries, in queries
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -57,7 +58,7 @@ class QueryTiles:
 
   @classmethod
   def of(cls, mask: BlockMask, block: int, multiple: int) -> "QueryTiles":
-    """Chooses the size, at most `block`, that pads the least.
+    """Chooses the size, at most `block`, that costs the least.
 
     Args:
       mask: Its rows are padded.
@@ -68,9 +69,10 @@ class QueryTiles:
     most = min(block, round_up(max(rows), multiple))
     least = min(most, round_up(most // 2, multiple))
     sizes = range(most, least - 1, -multiple)
-    return cls(
-      rows, min(sizes, key=lambda n: sum(round_up(r, n) for r in rows))
+    cost = lambda size: sum(
+      -(-row // size) * (size + _OVERHEAD) for row in rows
     )
+    return cls(rows, min(sizes, key=cost))
 
   @property
   def counts(self) -> list[int]:
@@ -103,6 +105,8 @@ class QueryTiles:
     parts, at = [], 0
     for (before, after), group in itertools.groupby(zip(old, new, strict=True)):
       length = before * len(list(group))
+      if not length:
+        continue
       part = x[:, at : at + length].reshape(b, -1, before, w)
       part = jnp.pad(
         part, ((0, 0), (0, 0), (0, max(after - before, 0)), (0, 0))

@@ -214,6 +214,28 @@ def test_refusals(dtype, width, message):
     kernels.attention(x, x, x, implementation="pallas_tpu")
 
 
+def test_empty_arrays_are_refused():
+  x, empty = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 0, 1, 8))
+  with pytest.raises(NotImplementedError, match="must not be empty"):
+    kernels.attention(
+      x, x, x, context=(empty, empty), implementation="pallas_tpu"
+    )
+
+
+def test_a_row_without_queries_is_skipped():
+  mask = kernels.BlockMask(
+    (
+      kernels.Row((0, 3), ((0, 2),)),
+      kernels.Row((3, 3), ()),
+      kernels.Row((3, 5), ((0, 5),)),
+    ),
+    5,
+  )
+  x = jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
+  attend = functools.partial(kernels.attention, x, x, x, mask=mask)
+  close(attend(implementation=PLAIN), attend(implementation="xla"))
+
+
 def test_a_list_of_tiles_that_is_too_long_is_refused():
   x = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.bfloat16)
   attend = functools.partial(kernels.attention, implementation="pallas_tpu")
@@ -278,6 +300,12 @@ def test_a_short_prefix_is_few_steps():
   assert steps((0, 512), (512, 512)) == 2
   assert steps((0, 8192), (8192, 8192)) == 17
   assert steps((0, 600), (7000, 7001)) == 4
+
+
+def test_tiles_are_large():
+  """No padding is saved at the cost of many small tiles."""
+  mask = kernels.BlockMask.full(100 * 1280, 1)
+  assert QueryTiles.of(mask, 2048, 16).size > 2000
 
 
 def test_padding_is_little():
