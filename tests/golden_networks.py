@@ -43,7 +43,7 @@ def check_case(case, per_example, grads):
     per_example, case["loss_per_sample"], rtol=1e-9, atol=1e-12
   )
   model, _ = network("student")
-  ours = models.params_to_torch(grads, model.config)
+  ours = models.params_to_torch(grads, model.config, layout="rcm")
   norm = np.sqrt(sum(np.sum(g**2) for g in ours.values()))
   np.testing.assert_allclose(norm, case["grad_norm"], rtol=1e-8)
   recorded = case.grads()

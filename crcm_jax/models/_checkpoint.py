@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.flax
 
-from crcm_jax._typing import Array, Params
+from crcm_jax._typing import Params
 
 _METADATA = "crcm_jax"
 
@@ -99,7 +99,7 @@ def read_tensors(
     ) from error
 
 
-def flatten(params: Params) -> dict[str, Array]:
+def flatten(params: Params) -> dict[str, Any]:
   """Joins the keys of a tree of dicts by "/"."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {

@@ -121,6 +121,6 @@ def test_seven_iterations_are_the_references(monkeypatch):
     assert all(step._cache_size() == 1 for step in steps.values())
     model = network("student")[0]
     for params, name in ((state.student, "student"), (state.ema, "ema")):
-      ours = models.params_to_torch(params, model.config)
+      ours = models.params_to_torch(params, model.config, layout="rcm")
       for key, recorded in golden.load(LOOP, f"final_{name}").arrays.items():
         np.testing.assert_allclose(ours[key], recorded, rtol=1e-8, atol=1e-11)

@@ -1,0 +1,128 @@
+"""Records what PyTorch's implementations of Wan's networks compute.
+
+The tests compare with `tests/golden/wan_*.npz`, so they need no torch. Weights
+and inputs follow from their names (`tests/wan_weights.py`); a file holds only
+outputs, and the names and shapes of the full-size networks' parameters.
+
+  make parity                          records anew and compares
+  python tools/record_wan.py FOLDER    records into FOLDER
+
+Needs torch, diffusers and transformers (the extra `parity`).
+"""
+
+import io
+import json
+import pathlib
+import sys
+
+import diffusers  # pyright: ignore[reportMissingImports]
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import wan_weights  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+from crcm_jax import models  # noqa: E402
+from crcm_jax.models import _torch  # noqa: E402
+
+
+def main(folder: str) -> None:
+  """Writes all recordings into a folder."""
+  torch.set_grad_enabled(False)
+  for name, record in RECORDINGS.items():
+    path = pathlib.Path(folder) / f"wan_{name}.npz"
+    np.savez_compressed(path, allow_pickle=False, **record())
+    print(path, path.stat().st_size)
+
+
+def torch_file() -> dict[str, np.ndarray]:
+  """Files of `torch.save`, as bytes, and the tensors in them."""
+  base = torch.arange(24.0).reshape(2, 3, 4)
+  tensors = {
+    "view": base.transpose(0, 2)[1:],
+    "bfloat16": torch.nn.Parameter(base.bfloat16()),
+    "half": base.half(),
+    "count": torch.arange(3),
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.0),
+  }
+  wrapped = {"generator": tensors, "step": 3, "size": torch.Size([1, 2])}
+  code = {"generator": tensors, "hook": pathlib.PurePosixPath("a")}
+  arrays = {k: v.detach().float().numpy() for k, v in tensors.items()}
+  return arrays | {
+    "new": _saved(wrapped),
+    "code": _saved(code),
+    "old": _saved(tensors, _use_new_zipfile_serialization=False),
+  }
+
+
+def _saved(content, **options) -> np.ndarray:
+  file = io.BytesIO()
+  torch.save(content, file, **options)
+  return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def vae() -> dict[str, np.ndarray]:
+  """Encodes and decodes one clip with a narrow autoencoder."""
+  net = _with_weights(diffusers.AutoencoderKLWan(base_dim=4))
+  video = _moved(wan_weights.uniform("video", (1, 9, 16, 24, 3)))
+  latents = net.encode(video).latent_dist.mode()
+  decoded = net.decode(
+    _moved(wan_weights.normal("latents", (1, 3, 2, 3, 16)))
+  ).sample
+  full = _meta(lambda: diffusers.AutoencoderKLWan())
+  return {
+    "latents": _moved_back(latents),
+    "decoded": _moved_back(decoded),
+    "mean": np.array(net.config.latents_mean),
+    "std": np.array(net.config.latents_std),
+    "shapes": _json(_shapes(full)),
+    "renamed": _json(
+      _renamed(
+        diffusers.loaders.single_file_utils.convert_wan_vae_to_diffusers,
+        models.WAN_VAE,
+      )
+    ),
+  }
+
+
+def _renamed(convert, config) -> dict[str, str]:
+  """Asks diffusers what it calls each key of the original."""
+  (network,) = (n for n in _torch.NETWORKS if isinstance(config, n.config))
+  originals = network.table(config, "wan")
+  return {v: k for k, v in convert({k: k for k in originals}).items()}
+
+
+def _with_weights(net: torch.nn.Module) -> torch.nn.Module:
+  state = wan_weights.state_dict(_shapes(net))
+  net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+  return net.eval()
+
+
+def _shapes(net: torch.nn.Module) -> dict[str, list[int]]:
+  return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+def _meta(build) -> torch.nn.Module:
+  with torch.device("meta"):
+    return build()
+
+
+def _moved(a: np.ndarray) -> torch.Tensor:
+  return torch.from_numpy(np.moveaxis(a, -1, 1).copy())
+
+
+def _moved_back(a: torch.Tensor) -> np.ndarray:
+  return np.moveaxis(a.numpy(), 1, -1)
+
+
+def _json(value) -> np.ndarray:
+  return np.array(json.dumps(value))
+
+
+RECORDINGS = {"torch_file": torch_file, "vae": vae}
+
+if __name__ == "__main__":
+  main(sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "tests" / "golden"))
