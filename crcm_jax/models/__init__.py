@@ -8,6 +8,8 @@ from crcm_jax.models._config import Precision as Precision
 from crcm_jax.models._config import WAN_1_3B as WAN_1_3B
 from crcm_jax.models._config import WAN_14B as WAN_14B
 from crcm_jax.models._config import WanConfig as WanConfig
+from crcm_jax.models._convert import config_from as config_from
+from crcm_jax.models._convert import convert as convert
 from crcm_jax.models._remat import REMAT_POLICIES as REMAT_POLICIES
 from crcm_jax.models._torch import params_from_torch as params_from_torch
 from crcm_jax.models._torch import params_to_torch as params_to_torch

@@ -6,8 +6,11 @@ schedules), `network` (the config). A network run with other chunks or other
 times than it was trained for gives poor video without any error.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 METADATA = "crcm_jax"
 """The block's key in the metadata of a safetensors file."""
@@ -50,4 +53,22 @@ def _plain(value: Any) -> Any:
   """Turns tuples into lists, as JSON does."""
   if isinstance(value, (list, tuple)):
     return [_plain(v) for v in value]
+  return value
+
+
+def describe(config: Any) -> dict[str, Any]:
+  """Returns a config's fields as JSON holds them.
+
+  Args:
+    config: a dataclass whose fields are plain values or dtypes.
+  """
+  fields = dataclasses.asdict(config)
+  names = {k: v.name for k, v in fields.items() if isinstance(v, np.dtype)}
+  return fields | names
+
+
+def tuples(value: Any) -> Any:
+  """Turns JSON's lists into tuples, as the fields of configs are."""
+  if isinstance(value, list):
+    return tuple(tuples(v) for v in value)
   return value

@@ -5,9 +5,13 @@ A file's first bytes tell its format, whatever it is called:
 * safetensors: one file, or shards that an index file lists;
 * torch's zip format, read without torch and without running code;
 * anything else is an error that says what it seems to be.
+
+Written is safetensors, one tensor after the other.
 """
 
 import json
+import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,18 +22,19 @@ import safetensors
 
 from crcm_jax.models._torch_file import LazyTensor, open_torch
 
-_SAFETENSORS_DTYPES = {
-  "F64": np.float64,
-  "F32": np.float32,
-  "F16": np.float16,
-  "BF16": ml_dtypes.bfloat16,
-  "I64": np.int64,
-  "I32": np.int32,
-  "I16": np.int16,
-  "I8": np.int8,
-  "U8": np.uint8,
-  "BOOL": np.bool_,
+_DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorFile(NamedTuple):
@@ -39,10 +44,10 @@ class TensorFile(NamedTuple):
   metadata: dict[str, str]
 
 
-def in_memory(arrays: Mapping[str, np.ndarray]) -> TensorFile:
+def in_memory(arrays: Mapping[str, Any]) -> TensorFile:
   """Takes arrays for a checkpoint."""
 
-  def lazy(a: np.ndarray) -> LazyTensor:
+  def lazy(a: Any) -> LazyTensor:
     return LazyTensor(tuple(a.shape), np.dtype(a.dtype), lambda: np.asarray(a))
 
   return TensorFile({name: lazy(a) for name, a in arrays.items()}, {})
@@ -163,9 +168,9 @@ def _open_safetensors(path: pathlib.Path) -> TensorFile:
 def _lazy(path: pathlib.Path, file: Any, name: str) -> LazyTensor:
   about = file.get_slice(name)
   dtype = about.get_dtype()
-  if dtype not in _SAFETENSORS_DTYPES:
+  if dtype not in _DTYPES:
     raise ValueError(
-      f"`path` must hold tensors of {sorted(_SAFETENSORS_DTYPES)}; {name!r} of"
+      f"`path` must hold tensors of {sorted(_DTYPES)}; {name!r} of"
       f" {path} is {dtype}. Convert it where it was quantised."
     )
 
@@ -174,4 +179,43 @@ def _lazy(path: pathlib.Path, file: Any, name: str) -> LazyTensor:
       return file.get_tensor(name)
 
   shape = tuple(about.get_shape())
-  return LazyTensor(shape, np.dtype(_SAFETENSORS_DTYPES[dtype]), read)
+  return LazyTensor(shape, _DTYPES[dtype], read)
+
+
+def write_tensors(
+  path: pathlib.Path,
+  tensors: Mapping[str, LazyTensor],
+  metadata: Mapping[str, str],
+) -> None:
+  """Writes a safetensors file, reading one tensor at a time.
+
+  Args:
+    path: the file; it is moved there when complete.
+    tensors: tensors by name, written in this order, wide dtypes first so that
+      each is aligned.
+    metadata: strings to keep beside them.
+  """
+  names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+  header: dict[str, Any] = {"__metadata__": dict(metadata)}
+  start = 0
+  for name in names:
+    tensor = tensors[name]
+    stop = start + math.prod(tensor.shape) * tensor.dtype.itemsize
+    header[name] = {
+      "dtype": _DTYPE_NAMES[tensor.dtype],
+      "shape": tensor.shape,
+      "data_offsets": (start, stop),
+    }
+    start = stop
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    with part.open("wb") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      for name in names:
+        value = np.ascontiguousarray(tensors[name].read())
+        file.write(value.reshape(-1).view(np.uint8).data)
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)

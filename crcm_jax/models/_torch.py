@@ -7,6 +7,7 @@ read, stacked, and put where it shall live, so that host memory holds no more
 than the largest of them.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,13 +18,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from crcm_jax._typing import Params
 from crcm_jax.models._about import check_about, METADATA
 from crcm_jax.models._checkpoint import flatten, unflatten
 from crcm_jax.models._keys import Entry, Network
-from crcm_jax.models._tensor_files import in_memory, open_tensors, TensorFile
+from crcm_jax.models._tensor_files import (
+  in_memory,
+  open_tensors,
+  TensorFile,
+  write_tensors,
+)
 from crcm_jax.models._torch_file import LazyTensor
 from crcm_jax.models._vae_keys import VAE
 from crcm_jax.models._wan_keys import WAN
@@ -88,18 +93,17 @@ def params_from_torch(
       `expect`.
   """
   file = _open(state_dict_or_path)
-  check_about(about_torch(file), expect)
-  found = _recognise(file.tensors, group)
-  if config is None:
-    config = _infer(found)
-  if not isinstance(config, found.network.config):
-    raise ValueError(
-      f"`config` must be a {found.network.config.__name__}, the checkpoint is"
-      f" a Wan {found.network.name}; got a {type(config).__name__}."
+  check_about(_about(file), expect)
+  config, lazy = lazy_from_torch(file, config, dtype=dtype, group=group)
+  if shardings is None:
+    return config, unflatten(
+      {p: jnp.asarray(v.read()) for p, v in lazy.items()}
     )
-  table = found.network.table(config, found.layout)
-  _check(found, table)
-  return config, _load(found.tensors, table, dtype, shardings)
+  shape = lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype)
+  shapes = unflatten({path: shape(v) for path, v in lazy.items()})
+  where = flatten(shardings(shapes))
+  put = lambda path: jax.device_put(lazy[path].read(), where[path])
+  return config, unflatten({path: put(path) for path in lazy})
 
 
 def params_to_torch(
@@ -119,18 +123,8 @@ def params_to_torch(
   Raises:
     ValueError: if `layout` is unknown.
   """
-  network = next(n for n in NETWORKS if isinstance(config, n.config))
-  if layout not in network.anchors:
-    raise ValueError(
-      f"`layout` must be one of {sorted(network.anchors)} for a Wan"
-      f" {network.name}; got {layout!r}."
-    )
-  flat = {path: np.asarray(value) for path, value in flatten(params).items()}
-  pick = lambda e: flat[e.path] if e.layer is None else flat[e.path][e.layer]
-  return {
-    key: np.ascontiguousarray(entry.to_torch(pick(entry)))
-    for key, entry in network.table(config, layout).items()
-  }
+  lazy = lazy_to_torch(in_memory(flatten(params)).tensors, config, layout)
+  return {key: tensor.read() for key, tensor in lazy.items()}
 
 
 def save_torch(
@@ -157,26 +151,106 @@ def save_torch(
   Raises:
     ValueError: if `layout` is unknown.
   """
-  path = pathlib.Path(path)
-  if dtype is not None:
-    params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
-  arrays = params_to_torch(params, config, layout=layout)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  metadata = {"format": "pt", METADATA: json.dumps(dict(about))}
-  try:
-    safetensors.numpy.save_file(arrays, part, metadata=metadata)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  lazy = in_memory(flatten(params)).tensors
+  lazy = lazy_to_torch(lazy, config, layout, dtype=dtype)
+  write_tensors(pathlib.Path(path), lazy, torch_metadata(about))
 
 
 def torch_about(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns what a checkpoint says of itself, {} if it is not one of ours."""
-  return about_torch(_open(path))
+  return _about(_open(path))
 
 
-def about_torch(file: TensorFile) -> dict[str, Any]:
-  """Reads the metadata block of an open file."""
+def torch_metadata(about: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the metadata of a file for PyTorch."""
+  return {"format": "pt", METADATA: json.dumps(dict(about))}
+
+
+def lazy_from_torch(
+  file: TensorFile,
+  config: Any = None,
+  *,
+  dtype: Any = None,
+  group: str | None = None,
+) -> tuple[Any, dict[str, LazyTensor]]:
+  """Checks a checkpoint and maps it to our parameters, reading none of it.
+
+  Args:
+    file: the open checkpoint.
+    config: as for `params_from_torch`.
+    dtype: as for `params_from_torch`.
+    group: as for `params_from_torch`.
+
+  Returns:
+    The config, and our parameters by path.
+
+  Raises:
+    ValueError: as for `params_from_torch`.
+  """
+  found = _recognise(file.tensors, group)
+  if config is None:
+    config = _infer(found)
+  if not isinstance(config, found.network.config):
+    raise ValueError(
+      f"`config` must be a {found.network.config.__name__}, the checkpoint is"
+      f" a Wan {found.network.name}; got a {type(config).__name__}."
+    )
+  table = found.network.table(config, found.layout)
+  _check(found, table)
+  parts: dict[str, list[tuple[LazyTensor, Entry]]] = {}
+  for key, entry in table.items():
+    parts.setdefault(entry.path, []).append((found.tensors[key], entry))
+  return config, {path: _stacked(part, dtype) for path, part in parts.items()}
+
+
+def lazy_to_torch(
+  params: Mapping[str, LazyTensor],
+  config: Any,
+  layout: str,
+  *,
+  dtype: Any = None,
+) -> dict[str, LazyTensor]:
+  """Maps our parameters to torch keys, reading each once, in order.
+
+  Args:
+    params: our parameters by path.
+    config: as for `params_to_torch`.
+    layout: as for `params_to_torch`.
+    dtype: dtype to give them; None keeps it.
+
+  Returns:
+    Tensors by torch key, those of one parameter after each other.
+
+  Raises:
+    ValueError: if `layout` is unknown.
+  """
+  network = next(n for n in NETWORKS if isinstance(config, n.config))
+  if layout not in network.anchors:
+    raise ValueError(
+      f"`layout` must be one of {sorted(network.anchors)} for a Wan"
+      f" {network.name}; got {layout!r}."
+    )
+
+  @functools.lru_cache(maxsize=1)  # its layers are asked for one after another
+  def whole(path: str) -> np.ndarray:
+    return np.asarray(params[path].read())
+
+  def one(entry: Entry) -> LazyTensor:
+    def read() -> np.ndarray:
+      value = whole(entry.path)
+      value = value if entry.layer is None else value[entry.layer]
+      return np.ascontiguousarray(entry.to_torch(value).astype(kept))
+
+    kept = np.dtype(dtype or params[entry.path].dtype)
+    return LazyTensor(entry.shape, kept, read)
+
+  table = network.table(config, layout)
+  order = {path: i for i, path in enumerate(params)}
+  keys = sorted(table, key=lambda key: order[table[key].path])
+  return {key: one(table[key]) for key in keys}
+
+
+def _about(file: TensorFile) -> dict[str, Any]:
   return json.loads(file.metadata.get(METADATA, "{}"))
 
 
@@ -260,52 +334,24 @@ def _check(found: _Found, table: Mapping[str, Entry]) -> None:
     )
 
 
-def _load(
-  tensors: Mapping[str, LazyTensor],
-  table: Mapping[str, Entry],
-  dtype: Any,
-  shardings: Callable[[Params], Params] | None,
-) -> Params:
-  """Reads one array of ours after the other."""
-  sources: dict[str, list[tuple[LazyTensor, Entry]]] = {}
-  for key, entry in table.items():
-    sources.setdefault(entry.path, []).append((tensors[key], entry))
-  read = {path: _Stack(parts, dtype) for path, parts in sources.items()}
-  if shardings is None:
-    return unflatten({p: jnp.asarray(s.read()) for p, s in read.items()})
-  where = flatten(
-    shardings(unflatten({p: stack.shape() for p, stack in read.items()}))
-  )
-  return unflatten(
-    {p: jax.device_put(stack.read(), where[p]) for p, stack in read.items()}
-  )
-
-
-class _Stack(NamedTuple):
+def _stacked(parts: list[tuple[LazyTensor, Entry]], dtype: Any) -> LazyTensor:
   """One parameter of ours: one tensor, or one a layer."""
+  first, entry = parts[0]
+  dtype = np.dtype(dtype or first.dtype)
+  # A view of one number stands for the array, which is not read.
+  like = np.broadcast_to(np.int8(0), entry.shape)
+  shape = entry.to_ours(like).shape
 
-  parts: list[tuple[LazyTensor, Entry]]
-  dtype: Any
+  def part(i: int) -> np.ndarray:
+    tensor, entry = parts[i]
+    return entry.to_ours(tensor.read()).astype(dtype, copy=False)
 
-  def _part(self, i: int) -> np.ndarray:
-    tensor, entry = self.parts[i]
-    value = entry.to_ours(tensor.read())
-    return value if self.dtype is None else value.astype(self.dtype)
-
-  def shape(self) -> jax.ShapeDtypeStruct:
-    tensor, entry = self.parts[0]
-    # A view of one number stands for the array, which is not read.
-    like = np.broadcast_to(np.zeros((), np.int8), entry.shape)
-    shape = entry.to_ours(like).shape
-    if entry.layer is not None:
-      shape = (len(self.parts), *shape)
-    return jax.ShapeDtypeStruct(shape, self.dtype or tensor.dtype)
-
-  def read(self) -> np.ndarray:
-    about = self.shape()
-    if self.parts[0][1].layer is None:
-      return self._part(0)
-    stacked = np.empty(about.shape, about.dtype)
-    for i in range(len(self.parts)):
-      stacked[i] = self._part(i)
+  def stack() -> np.ndarray:
+    stacked = np.empty((len(parts), *shape), dtype)
+    for i in range(len(parts)):
+      stacked[i] = part(i)
     return stacked
+
+  if entry.layer is None:
+    return LazyTensor(shape, dtype, lambda: part(0))
+  return LazyTensor((len(parts), *shape), dtype, stack)
