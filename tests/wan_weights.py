@@ -9,7 +9,7 @@ def tensor(key, shape):
   """Returns random numbers of a useful size for a torch parameter."""
   rng = np.random.default_rng(zlib.crc32(key.encode()))
   values = rng.normal(size=shape)
-  if key.endswith(("gamma", "norm.weight")) or "norm" in key.split(".")[-2]:
+  if "norm" in key.rpartition(".")[0].rpartition(".")[2] or "gamma" in key:
     values = ("bias" not in key) + 0.2 * values
   elif key.endswith(("weight", "kernel")) and len(shape) > 1:
     values /= np.sqrt(np.prod(shape[1:]))

@@ -10,6 +10,7 @@ outputs, and the names and shapes of the full-size networks' parameters.
 Needs torch, diffusers and transformers (the extra `parity`).
 """
 
+import functools
 import io
 import json
 import pathlib
@@ -88,6 +89,47 @@ def vae() -> dict[str, np.ndarray]:
   }
 
 
+TRANSFORMER = dict(
+  num_attention_heads=2,
+  attention_head_dim=16,
+  in_channels=4,
+  out_channels=4,
+  text_dim=6,
+  freq_dim=16,
+  ffn_dim=48,
+  num_layers=2,
+)
+IMAGE = dict(in_channels=10, image_dim=12, added_kv_proj_dim=32)
+
+
+def transformer() -> dict[str, np.ndarray]:
+  """Predicts one velocity with small text- and image-to-video networks."""
+  wan = diffusers.WanTransformer3DModel
+  net = _with_weights(wan(**TRANSFORMER))
+  x = _moved(wan_weights.normal("x", (2, 3, 4, 6, 4)))
+  t = torch.tensor([750.0, 20.0])
+  text = torch.from_numpy(wan_weights.normal("text", (2, 512, 6)))
+  of_text = net(x, t, text).sample
+  net = _with_weights(wan(**(TRANSFORMER | IMAGE)))
+  frames = _moved(wan_weights.normal("frames", (2, 3, 4, 6, 6)))
+  image = torch.from_numpy(wan_weights.normal("image", (2, 5, 12)))
+  of_image = net(torch.cat([x, frames], 1), t, text, image).sample
+  convert = diffusers.loaders.single_file_utils
+  convert = convert.convert_wan_transformer_to_diffusers
+  full = {
+    "1.3B": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "14B": {},
+    "14B_image": dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+  }
+  configs = (models.WAN_1_3B, models.WAN_14B, models.WAN_14B_IMAGE)
+  arrays = {"text": _moved_back(of_text), "image": _moved_back(of_image)}
+  for (name, sizes), config in zip(full.items(), configs, strict=True):
+    net = _meta(functools.partial(wan, **sizes))
+    arrays[f"shapes_{name}"] = _json(_shapes(net))
+    arrays[f"renamed_{name}"] = _json(_renamed(convert, config))
+  return arrays
+
+
 def _renamed(convert, config) -> dict[str, str]:
   """Asks diffusers what it calls each key of the original."""
   (network,) = (n for n in _torch.NETWORKS if isinstance(config, n.config))
@@ -122,7 +164,11 @@ def _json(value) -> np.ndarray:
   return np.array(json.dumps(value))
 
 
-RECORDINGS = {"torch_file": torch_file, "vae": vae}
+RECORDINGS = {
+  "torch_file": torch_file,
+  "vae": vae,
+  "transformer": transformer,
+}
 
 if __name__ == "__main__":
   main(sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "tests" / "golden"))

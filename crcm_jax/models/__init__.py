@@ -4,9 +4,12 @@ from crcm_jax.models._cache import Cache as Cache
 from crcm_jax.models._checkpoint import load_params as load_params
 from crcm_jax.models._checkpoint import save_params as save_params
 from crcm_jax.models._chunk_model import WanChunks as WanChunks
+from crcm_jax.models._conditioning import Conditioning as Conditioning
+from crcm_jax.models._conditioning import image_frames as image_frames
 from crcm_jax.models._config import Precision as Precision
 from crcm_jax.models._config import WAN_1_3B as WAN_1_3B
 from crcm_jax.models._config import WAN_14B as WAN_14B
+from crcm_jax.models._config import WAN_14B_IMAGE as WAN_14B_IMAGE
 from crcm_jax.models._config import WanConfig as WanConfig
 from crcm_jax.models._convert import config_from as config_from
 from crcm_jax.models._convert import convert as convert

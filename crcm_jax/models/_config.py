@@ -56,6 +56,8 @@ class WanConfig:
       zeros, which the network attends to as the reference does.
     in_channels: channels of a latent.
     out_channels: channels of the velocity.
+    image_width: width of CLIP's features in an image-to-video network; its
+      `in_channels` count `Conditioning.frames` too. None is text-to-video.
     patch: latent frames, rows and columns of one token; one frame always.
     eps: added to the variance in the norms.
     time_scale: a rectified-flow time times this enters the sinusoid.
@@ -78,6 +80,7 @@ class WanConfig:
   freq_width: int = 256
   in_channels: int = 16
   out_channels: int = 16
+  image_width: int | None = None
   patch: tuple[int, int, int] = (1, 2, 2)
   eps: float = 1e-6
   time_scale: float = 1000.0
@@ -156,6 +159,8 @@ class WanConfig:
       )
     fields = {ours: wan[theirs] for ours, theirs in _WAN_NAMES.items()}
     fields["patch"] = tuple(wan.get("patch_size", (1, 2, 2)))
+    if wan.get("model_type") == "i2v":
+      fields["image_width"] = CLIP_WIDTH
     return cls(**(fields | changes))
 
   def parameter_count(self) -> int:
@@ -169,8 +174,15 @@ class WanConfig:
     text = linear(self.text_width, d) + linear(d, d)
     head = linear(d, pixels * self.out_channels) + 2 * d
     patch = linear(pixels * self.in_channels, d)
-    return self.layers * block + time + text + head + patch
+    image = 0
+    if (e := self.image_width) is not None:
+      block += 2 * linear(d, d) + d
+      image = 2 * e + linear(e, e) + linear(e, d) + 2 * d
+    return self.layers * block + time + text + head + patch + image
 
+
+CLIP_WIDTH = 1280
+"""Width of the CLIP features that Wan 2.1's image-to-video networks read."""
 
 _WAN_NAMES = {
   "layers": "num_layers",
@@ -205,3 +217,8 @@ WAN_14B = WanConfig(
   dtype=jnp.bfloat16,
 )
 """Wan 2.1 text-to-video, 14 billion parameters."""
+
+WAN_14B_IMAGE = dataclasses.replace(
+  WAN_14B, in_channels=36, image_width=CLIP_WIDTH
+)
+"""Wan 2.1 image-to-video, 14 billion parameters, 480p and 720p."""

@@ -118,6 +118,7 @@ class Network:
     table: its entries, of a config and a layout.
     infer: its config, of the shapes by key and a layout.
     aliases: keys that repeat another one's array, and that other.
+    unused: a pattern of keys that some files hold and no network reads.
   """
 
   name: str
@@ -126,6 +127,7 @@ class Network:
   table: Callable[[Any, str], dict[str, Entry]]
   infer: Callable[[Shapes, str], Any]
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  unused: str = ""
 
 
 def count(shapes: Shapes, pattern: str) -> int:

@@ -276,6 +276,7 @@ def _recognise(tensors: Mapping[str, LazyTensor], group: str | None) -> _Found:
     key.removeprefix(prefix): value
     for key, value in tensors.items()
     if key.startswith(prefix)
+    and not re.fullmatch(network.unused, key.removeprefix(prefix))
   }
   for alias, key in network.aliases.items():
     if alias in inner:

@@ -30,6 +30,8 @@ class _Names(NamedTuple):
   ffn: tuple[str, str]
   head_modulation: str
   head: str
+  image: tuple[str, str, str, str]
+  image_attention: tuple[str, str, str]
 
 
 _WAN = _Names(
@@ -45,6 +47,13 @@ _WAN = _Names(
   ffn=("ffn.0", "ffn.2"),
   head_modulation="head.modulation",
   head="head.head",
+  image=(
+    "img_emb.proj.0",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "img_emb.proj.4",
+  ),
+  image_attention=("k_img", "v_img", "norm_k_img"),
 )
 _EMBEDDER = "condition_embedder"
 _DIFFUSERS = _Names(
@@ -66,6 +75,13 @@ _DIFFUSERS = _Names(
   ffn=("ffn.net.0.proj", "ffn.net.2"),
   head_modulation="scale_shift_table",
   head="proj_out",
+  image=(
+    f"{_EMBEDDER}.image_embedder.norm1",
+    f"{_EMBEDDER}.image_embedder.ff.net.0.proj",
+    f"{_EMBEDDER}.image_embedder.ff.net.2",
+    f"{_EMBEDDER}.image_embedder.norm2",
+  ),
+  image_attention=("add_k_proj", "add_v_proj", "norm_added_k"),
 )
 _NAMES = {"wan": _WAN, "rcm": _WAN, "diffusers": _DIFFUSERS}
 
@@ -80,6 +96,8 @@ def _table(config: WanConfig, layout: str) -> dict[str, Entry]:
   keys.linear(names.time[0], "time_embedding/up", config.freq_width, d)
   keys.linear(names.time[1], "time_embedding/down", d, d)
   keys.linear(names.time_projection, "time_projection", d, 6 * d)
+  if config.image_width is not None:
+    _image(keys, names, config.image_width, d)
   for i in range(config.layers):
     _block(keys, names, config, i)
   _modulation(keys, names.head_modulation, "head/modulation", 2, d)
@@ -94,12 +112,31 @@ def _block(keys: Keys, names: _Names, config: WanConfig, i: int) -> None:
   own, cross = f"{key}.{names.self_attention}", f"{key}.{names.cross_attention}"
   _attention(keys, names, own, "blocks/self_attention", d, i)
   _attention(keys, names, cross, "blocks/cross_attention", d, i)
-  norm = f"{key}.{names.cross_norm}"
-  keys.array(f"{norm}.weight", "blocks/cross_norm/scale", (d,), i)
-  keys.array(f"{norm}.bias", "blocks/cross_norm/bias", (d,), i)
+  if config.image_width is not None:
+    path = "blocks/cross_attention"
+    theirs = [f"{cross}.{name}" for name in names.image_attention]
+    keys.linear(theirs[0], f"{path}/image_key", d, d, i)
+    keys.linear(theirs[1], f"{path}/image_value", d, d, i)
+    keys.array(f"{theirs[2]}.weight", f"{path}/image_key_norm/scale", (d,), i)
+  _norm(keys, f"{key}.{names.cross_norm}", "blocks/cross_norm", d, i)
   up, down = names.ffn
   keys.linear(f"{key}.{up}", "blocks/ffn/up", d, config.ffn_width, i)
   keys.linear(f"{key}.{down}", "blocks/ffn/down", config.ffn_width, d, i)
+
+
+def _image(keys: Keys, names: _Names, e: int, d: int) -> None:
+  (norm_in, up, down, norm_out), path = names.image, "image_embedding"
+  _norm(keys, norm_in, f"{path}/norm_in", e)
+  keys.linear(up, f"{path}/mlp/up", e, e)
+  keys.linear(down, f"{path}/mlp/down", e, d)
+  _norm(keys, norm_out, f"{path}/norm_out", d)
+
+
+def _norm(
+  keys: Keys, key: str, path: str, width: int, layer: int | None = None
+) -> None:
+  keys.array(f"{key}.weight", f"{path}/scale", (width,), layer)
+  keys.array(f"{key}.bias", f"{path}/bias", (width,), layer)
 
 
 def _modulation(
@@ -143,6 +180,7 @@ def _infer(shapes: Shapes, layout: str) -> WanConfig:
       f" the heads cannot be told from the arrays; got width {width}. Pass"
       " `WanConfig.from_wan(its config.json)`."
     )
+  image = f"{names.image[1]}.weight"
   return WanConfig(
     layers=count(shapes, f"blocks.{{}}.{names.ffn[0]}.weight"),
     width=width,
@@ -153,6 +191,7 @@ def _infer(shapes: Shapes, layout: str) -> WanConfig:
     text_length=512,
     in_channels=int(np.prod(patch)) // 4,
     out_channels=shapes[f"{names.head}.weight"][0] // 4,
+    image_width=shapes[image][1] if image in shapes else None,
   )
 
 
@@ -166,5 +205,6 @@ WAN = Network(
   },
   table=_table,
   infer=_infer,
+  unused=r"blocks\.\d+\.attn2\.norm_added_q\.weight",
 )
 """The transformer of Wan 2.1, and of what was distilled from it."""
