@@ -4,10 +4,11 @@ The tests compare with `tests/golden/wan_*.npz`, so they need no torch. Weights
 and inputs follow from their names (`tests/wan_weights.py`); a file holds only
 outputs, and the names and shapes of the full-size networks' parameters.
 
-  make parity                          records anew and compares
-  python tools/record_wan.py FOLDER    records into FOLDER
+  python tools/record_wan.py           records anew
+  python tools/record_wan.py --check   compares with what is recorded
 
-Needs torch, diffusers and transformers (the extra `parity`).
+Needs torch, diffusers and transformers (the extra `parity`); `make parity`
+installs them into an environment of their own and checks.
 """
 
 import functools
@@ -19,8 +20,10 @@ import sys
 import diffusers  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import wan_weights  # noqa: E402  # pyright: ignore[reportMissingImports]
@@ -29,13 +32,36 @@ from crcm_jax import models  # noqa: E402
 from crcm_jax.models import _torch  # noqa: E402
 
 
-def main(folder: str) -> None:
-  """Writes all recordings into a folder."""
+def main(arguments: list[str]) -> int:
+  """Records, or compares; returns the exit status."""
   torch.set_grad_enabled(False)
+  stale = []
   for name, record in RECORDINGS.items():
-    path = pathlib.Path(folder) / f"wan_{name}.npz"
-    np.savez_compressed(path, allow_pickle=False, **record())
-    print(path, path.stat().st_size)
+    path, arrays = GOLDEN / f"wan_{name}.npz", record()
+    if arguments == ["--check"]:
+      found = list(_differences(path, arrays))
+      print(f"{path.name}: {found or 'as recorded'}")
+      stale += found
+    else:
+      np.savez_compressed(path, allow_pickle=False, **arrays)
+      print(path, path.stat().st_size)
+  return bool(stale)
+
+
+def _differences(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+  """Yields the names of arrays that differ from those recorded."""
+  with np.load(path) as recorded:
+    yield from sorted(set(recorded) ^ set(arrays))
+    for name in set(recorded) & set(arrays):
+      old, new = recorded[name], arrays[name]
+      if old.dtype.kind == "U":
+        same = json.loads(str(old)) == json.loads(str(new))
+      elif name.startswith("file"):  # torch writes an id of its own into each
+        same = True
+      else:
+        same = old.shape == new.shape and np.allclose(old, new, atol=1e-5)
+      if not same:
+        yield name
 
 
 def torch_file() -> dict[str, np.ndarray]:
@@ -53,9 +79,9 @@ def torch_file() -> dict[str, np.ndarray]:
   code = {"generator": tensors, "hook": pathlib.PurePosixPath("a")}
   arrays = {k: v.detach().float().numpy() for k, v in tensors.items()}
   return arrays | {
-    "new": _saved(wrapped),
-    "code": _saved(code),
-    "old": _saved(tensors, _use_new_zipfile_serialization=False),
+    "file_new": _saved(wrapped),
+    "file_with_code": _saved(code),
+    "file_old": _saved(tensors, _use_new_zipfile_serialization=False),
   }
 
 
@@ -130,6 +156,32 @@ def transformer() -> dict[str, np.ndarray]:
   return arrays
 
 
+def text() -> dict[str, np.ndarray]:
+  """Embeds two prompts with a small encoder."""
+  sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2)
+  small = transformers.UMT5Config(
+    **sizes, num_heads=3, feed_forward_proj="gated-gelu"
+  )
+  net = _with_weights(transformers.UMT5EncoderModel(small))
+  tokens = torch.tensor([[5, 6, 7, 39, 8, 1] * 30, [9, 1, *[0] * 178]])
+  mask = (torch.arange(180) < torch.tensor([[180], [2]])).long()
+  embeddings = net(tokens, mask).last_hidden_state
+  attention = net.encoder.block[0].layer[0].SelfAttention
+  far = torch.arange(-511, 512)
+  full = transformers.UMT5Config(
+    vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
+    num_heads=64, feed_forward_proj="gated-gelu",
+  )  # fmt: skip
+  net = _meta(lambda: transformers.UMT5EncoderModel(full))
+  return {
+    "tokens": tokens.numpy(),
+    "mask": mask.bool().numpy(),
+    "embeddings": embeddings.numpy(),
+    "buckets": attention._relative_position_bucket(far).numpy(),
+    "shapes": _json(_shapes(net)),
+  }
+
+
 def _renamed(convert, config) -> dict[str, str]:
   """Asks diffusers what it calls each key of the original."""
   (network,) = (n for n in _torch.NETWORKS if isinstance(config, n.config))
@@ -139,6 +191,8 @@ def _renamed(convert, config) -> dict[str, str]:
 
 def _with_weights(net: torch.nn.Module) -> torch.nn.Module:
   state = wan_weights.state_dict(_shapes(net))
+  if "shared.weight" in state:  # one array under two names
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
   net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
   return net.eval()
 
@@ -168,7 +222,8 @@ RECORDINGS = {
   "torch_file": torch_file,
   "vae": vae,
   "transformer": transformer,
+  "text": text,
 }
 
 if __name__ == "__main__":
-  main(sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "tests" / "golden"))
+  sys.exit(main(sys.argv[1:]))

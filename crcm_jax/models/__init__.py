@@ -13,7 +13,15 @@ from crcm_jax.models._config import WAN_14B_IMAGE as WAN_14B_IMAGE
 from crcm_jax.models._config import WanConfig as WanConfig
 from crcm_jax.models._convert import config_from as config_from
 from crcm_jax.models._convert import convert as convert
+from crcm_jax.models._prompts import cached_embedder as cached_embedder
+from crcm_jax.models._prompts import load_tokenizer as load_tokenizer
+from crcm_jax.models._prompts import prompt_embedder as prompt_embedder
+from crcm_jax.models._prompts import prompt_tokens as prompt_tokens
 from crcm_jax.models._remat import REMAT_POLICIES as REMAT_POLICIES
+from crcm_jax.models._text_encoder import TEXT_RULES as TEXT_RULES
+from crcm_jax.models._text_encoder import TextConfig as TextConfig
+from crcm_jax.models._text_encoder import TextEncoder as TextEncoder
+from crcm_jax.models._text_encoder import UMT5_XXL as UMT5_XXL
 from crcm_jax.models._torch import params_from_torch as params_from_torch
 from crcm_jax.models._torch import params_to_torch as params_to_torch
 from crcm_jax.models._torch import save_torch as save_torch

@@ -29,6 +29,7 @@ from crcm_jax.models._tensor_files import (
   TensorFile,
   write_tensors,
 )
+from crcm_jax.models._text_keys import TEXT
 from crcm_jax.models._torch_file import LazyTensor
 from crcm_jax.models._vae_keys import VAE
 from crcm_jax.models._wan_keys import WAN
@@ -36,7 +37,7 @@ from crcm_jax.models._wan_keys import WAN
 StateDict: TypeAlias = Mapping[str, np.ndarray]
 Source: TypeAlias = StateDict | str | os.PathLike[str]
 
-NETWORKS = (WAN, VAE)
+NETWORKS = (WAN, VAE, TEXT)
 
 _WRAPPERS = re.compile(
   r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod"

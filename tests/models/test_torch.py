@@ -165,7 +165,7 @@ def torch_file(tmp_path, name):
 
 
 def test_torch_files_are_read_without_torch(tmp_path):
-  path = torch_file(tmp_path, "new")
+  path = torch_file(tmp_path, "file_new")
   tensors = _torch.open_tensors(path).tensors
   want = {"view", "bfloat16", "half", "count", "empty", "scalar"}
   assert {key.removeprefix("generator.") for key in tensors} == want
@@ -180,14 +180,14 @@ def test_torch_files_are_read_without_torch(tmp_path):
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
   with pytest.raises(ValueError, match=r"calls `pathlib.*refused"):
-    models.params_from_torch(torch_file(tmp_path, "code"))
+    models.params_from_torch(torch_file(tmp_path, "file_with_code"))
 
 
 def test_broken_torch_files(tmp_path):
-  path = torch_file(tmp_path, "old")
+  path = torch_file(tmp_path, "file_old")
   with pytest.raises(ValueError, match=r"plain pickle.*before 1.6"):
     models.params_from_torch(path)
-  path = torch_file(tmp_path, "new")
+  path = torch_file(tmp_path, "file_new")
   whole = path.read_bytes()
   for end in (-1, len(whole) // 2, 100):
     path.write_bytes(whole[:end])
@@ -299,7 +299,7 @@ def test_what_a_file_says_must_fit_its_use(tmp_path):
 
 def test_host_memory_holds_one_parameter(tmp_path, monkeypatch):
   """Beside what went to the device: the largest array and one tensor."""
-  config = dataclasses.replace(CONFIG, layers=16, width=32, ffn_width=1024)
+  config = dataclasses.replace(CONFIG, layers=8, width=32, ffn_width=512)
   params, path = tiny_wan.params(config), tmp_path / "a.safetensors"
   models.save_torch(path, params, config, {})
   sizes = [a.nbytes for a in jax.tree.leaves(params)]
