@@ -12,13 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.flax
 
 from crcm_jax._typing import Params
-
-_METADATA = "crcm_jax"
+from crcm_jax.models._about import METADATA
+from crcm_jax.models._tensor_files import in_memory, open_tensors, write_tensors
 
 
 def save_params(
@@ -36,17 +33,10 @@ def save_params(
     metadata: anything JSON can hold: the config, the schedule, the command.
     dtype: dtype to store, `jnp.bfloat16` halves the file; None keeps it.
   """
-  path = pathlib.Path(path)
   cast = lambda a: jnp.asarray(a, dtype or jnp.asarray(a).dtype)
   flat = {name: cast(value) for name, value in flatten(params).items()}
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    safetensors.flax.save_file(
-      flat, part, metadata={_METADATA: json.dumps(dict(metadata))}
-    )
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  about = {METADATA: json.dumps(dict(metadata))}
+  write_tensors(pathlib.Path(path), in_memory(flat).tensors, about)
 
 
 def load_params(
@@ -65,38 +55,15 @@ def load_params(
     FileNotFoundError: if there is no such file.
     ValueError: if the file is not whole, or not one of `save_params`.
   """
-  tensors, metadata = read_tensors(pathlib.Path(path))
-  if _METADATA not in metadata:
+  file = open_tensors(pathlib.Path(path))
+  if METADATA not in file.metadata:
     raise ValueError(
       f"`path` must be a file written by `save_params`; {path} lacks its"
       " metadata. Convert an original Wan checkpoint with `params_from_torch`."
     )
   cast = lambda a: jnp.asarray(a, dtype or a.dtype)
-  params = unflatten({name: cast(a) for name, a in tensors.items()})
-  return params, json.loads(metadata[_METADATA])
-
-
-def read_tensors(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Reads a safetensors file to host memory, with its metadata.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if the file is not whole.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f"`path` must be a file; there is no {path}.")
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      names = file.keys()  # the file itself is not iterable
-      tensors = {name: file.get_tensor(name) for name in names}
-      return tensors, file.metadata() or {}
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"`path` must be a whole safetensors file; {path} is not ({error})."
-      " Copy or write it again."
-    ) from error
+  flat = {name: cast(tensor.read()) for name, tensor in file.tensors.items()}
+  return unflatten(flat), json.loads(file.metadata[METADATA])
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -205,6 +205,7 @@ WAN = Network(
   },
   table=_table,
   infer=_infer,
-  unused=r"blocks\.\d+\.attn2\.norm_added_q\.weight",
+  # Transformer Engine's state, tables of positions, and a norm without use.
+  unused=r".*\._extra_state|rope_position_embedding\..*|.*\.norm_added_q\.weight",
 )
 """The transformer of Wan 2.1, and of what was distilled from it."""

@@ -244,6 +244,16 @@ def test_all_wrong_keys_are_named():
     assert part in str(error.value)
 
 
+def test_what_no_network_reads_is_no_surplus():
+  more = {
+    "blocks.0.self_attn.attn_op._extra_state": np.zeros(0, np.uint8),
+    "rope_position_embedding.seq": np.arange(4.0),
+  }
+  assert_equal(
+    models.params_from_torch(state() | more, CONFIG)[1], tiny_wan.params()
+  )
+
+
 def test_nothing_is_read_before_all_is_checked():
   def read():
     raise AssertionError("read too early")
