@@ -194,7 +194,7 @@ def convert(arguments: argparse.Namespace) -> None:
     layout=arguments.layout,
     config=config,
     group=arguments.group,
-    dtype=None if arguments.dtype is None else jnp.dtype(arguments.dtype),
+    dtype=arguments.dtype,
     about=about,
     force=arguments.force,
   )
@@ -403,12 +403,15 @@ def _add_convert(commands: Any) -> None:
   command.add_argument(
     "--layout",
     default="crcm",
-    help="of OUT: crcm, wan, rcm or diffusers (default: %(default)s)",
+    choices=("crcm", "wan", "rcm", "diffusers"),
+    help="of OUT (default: %(default)s)",
   )
   command.add_argument(
     "--group", help="which of several networks, such as generator_ema"
   )
-  command.add_argument("--dtype", help="to store; as it is by default")
+  command.add_argument(
+    "--dtype", type=jnp.dtype, help="to store; as it is by default"
+  )
   command.add_argument("--stage", help="that made the weights; kept in OUT")
   command.add_argument(
     "--pattern",

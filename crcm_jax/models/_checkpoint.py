@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax._typing import Params
-from crcm_jax.models._about import METADATA
+from crcm_jax.models._about import check_about, METADATA
 from crcm_jax.models._tensor_files import in_memory, open_tensors, write_tensors
 
 
@@ -40,20 +40,26 @@ def save_params(
 
 
 def load_params(
-  path: str | os.PathLike[str], *, dtype: Any = None
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = None,
+  expect: Mapping[str, Any] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
   """Reads what `save_params` wrote.
 
   Args:
     path: the file.
     dtype: dtype of the parameters; None keeps the stored one.
+    expect: entries of the metadata that the file must agree with where it has
+      them, such as `{"pattern": {"first": 1, "rest": 3}}`.
 
   Returns:
     The parameters, and their metadata.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if the file is not whole, or not one of `save_params`.
+    ValueError: if the file is not whole, not one of `save_params`, or
+      contradicts `expect`.
   """
   file = open_tensors(pathlib.Path(path))
   if METADATA not in file.metadata:
@@ -61,9 +67,11 @@ def load_params(
       f"`path` must be a file written by `save_params`; {path} lacks its"
       " metadata. Convert an original Wan checkpoint with `params_from_torch`."
     )
+  about = json.loads(file.metadata[METADATA])
+  check_about(about, expect)
   cast = lambda a: jnp.asarray(a, dtype or a.dtype)
   flat = {name: cast(tensor.read()) for name, tensor in file.tensors.items()}
-  return unflatten(flat), json.loads(file.metadata[METADATA])
+  return unflatten(flat), about
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import io
 import json
+import os
 import pathlib
+import pickle
 import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ import tiny_wan
 from tiny_wan import CONFIG
 
 from crcm_jax import models
-from crcm_jax.models import _torch
+from crcm_jax.models import _torch, _torch_file
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 LAYOUTS = ("wan", "rcm", "diffusers")
@@ -181,6 +185,38 @@ def test_torch_files_are_read_without_torch(tmp_path):
 def test_code_in_a_pickle_is_not_run(tmp_path):
   with pytest.raises(ValueError, match=r"calls `pathlib.*refused"):
     models.params_from_torch(torch_file(tmp_path, "file_with_code"))
+
+
+class Shell:
+  """Pickles as a call of the shell."""
+
+  def __init__(self, command):
+    self.command = command
+
+  def __reduce__(self):
+    return os.system, (self.command,)
+
+
+def test_a_command_in_a_pickle_is_not_run(tmp_path):
+  path, harm = tmp_path / "x.pt", tmp_path / "harm"
+  with zipfile.ZipFile(path, "w") as archive:
+    command = Shell(f"touch {harm}")
+    archive.writestr("x/data.pkl", pickle.dumps({"a": command}))
+  with pytest.raises(ValueError, match=r"calls `posix.system`.*refused"):
+    models.params_from_torch(path)
+  assert not harm.exists()
+
+
+@pytest.mark.parametrize(
+  ("offset", "shape", "stride"),
+  [(0, (5,), (1,)), (2, (2, 2), (2, 1)), (-1, (2,), (1,)), (3, (3,), (-1,))],
+)
+def test_a_tensor_lies_within_its_storage(offset, shape, stride):
+  unpickler = _torch_file._Unpickler(io.BytesIO(), pathlib.Path("x"), "x")
+  storage = _torch_file._Storage("x/data/0", np.dtype(np.float32), 4)
+  unpickler._tensor(storage, 0, (2, 2), (2, 1))
+  with pytest.raises(pickle.UnpicklingError, match="exceeds its storage"):
+    unpickler._tensor(storage, offset, shape, stride)
 
 
 def test_broken_torch_files(tmp_path):

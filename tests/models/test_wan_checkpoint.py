@@ -46,3 +46,11 @@ def test_load_messages(tmp_path):
   safetensors.numpy.save_file({"a": np.zeros(2)}, path)
   with pytest.raises(ValueError, match=r"`save_params`.*`params_from_torch`"):
     models.load_params(path)
+
+
+def test_what_a_file_says_must_fit_its_use(tmp_path):
+  path, pattern = tmp_path / "d.safetensors", {"first": 1, "rest": 3}
+  models.save_params(path, {"a": jnp.ones(2)}, {"pattern": pattern})
+  models.load_params(path, expect={"pattern": pattern, "stage": "any"})
+  with pytest.raises(ValueError, match=r"pattern.first is 1, expected 3"):
+    models.load_params(path, expect={"pattern": {"first": 3}})
