@@ -16,8 +16,8 @@ export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test lint types aot doctest docs dist newest ci \
-        slow clean
+.PHONY: help quickstart test lint types aot doctest docs dist newest parity \
+        ci slow clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -66,13 +66,22 @@ doctest: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/python tools/check_docs.py README.md CHANGELOG.md docs
 
+# PyTorch's own implementations, in an environment of their own.
+.venv/parity.stamp: .venv/pyvenv.cfg $(PACKAGING)
+	$(PYTHON) -m venv .venv/parity
+	.venv/parity/bin/python -m pip install -q -e '.[parity]'
+	@touch $@
+
+parity: .venv/parity.stamp
+	.venv/parity/bin/python tools/record_wan.py --check
+
 dist: .venv/dev.stamp
 	$(BIN)/python tools/check_dist.py
 
 newest: .venv/dev.stamp
 	NEWEST_PYTHON='$(NEWEST_PYTHON)' tools/test_newest_jax.sh
 
-ci: lint types test aot doctest docs dist newest
+ci: lint types test aot doctest docs dist newest parity
 	@echo "make ci: all passed"
 
 clean:

@@ -1,6 +1,7 @@
-"""The command `crcm`: train, sample, evaluate, export, print-config."""
+"""The command `crcm`: train, sample, evaluate, export, convert, and so on."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crcm_jax import data, evaluation, models, training
+from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _networks, _stages
 
 _LOG = logging.getLogger("crcm_jax")
@@ -53,6 +55,15 @@ report.html and report.json into its workdir.""",
 
 Beside the file, NAME.json says where the weights come from (config, command,
 step, hash) and NAME.log.jsonl holds the training's metrics.""",
+  "convert": """examples:
+  crcm convert Wan2.1-T2V-1.3B/ --out wan.safetensors --dtype bfloat16
+  crcm convert dmd.pt --group generator_ema --pattern 3,3 --out a.safetensors
+  crcm convert a.safetensors --layout diffusers --out model.safetensors
+
+SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
+or .pth file, the index of shards, a folder with one of these, in the original
+layout or that of diffusers; or a file of ours. What it says of itself (stage,
+chunk pattern, schedules) goes along. No code in a pickle is run.""",
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -159,6 +170,34 @@ def export(arguments: argparse.Namespace) -> None:
   every = max(1, len(rows) // 200)
   log = "".join(json.dumps(row) + "\n" for row in rows[every - 1 :: every])
   out.with_suffix(".log.jsonl").write_text(log)
+  print(out)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+  """Converts weights from and to the files of PyTorch projects."""
+  out = pathlib.Path(arguments.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  about: dict[str, Any] = {}
+  if arguments.about is not None:
+    about |= json.loads(pathlib.Path(arguments.about).read_text())
+  if arguments.stage is not None:
+    about["stage"] = arguments.stage
+  if arguments.pattern is not None:
+    about["pattern"] = dataclasses.asdict(arguments.pattern)
+  config = None
+  if arguments.network is not None:
+    entries = json.loads(pathlib.Path(arguments.network).read_text())
+    config = models.WanConfig.from_wan(entries)
+  models.convert(
+    arguments.source,
+    out,
+    layout=arguments.layout,
+    config=config,
+    group=arguments.group,
+    dtype=arguments.dtype,
+    about=about,
+    force=arguments.force,
+  )
   print(out)
 
 
@@ -274,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_sample(commands)
   _add_evaluate(commands)
   _add_export(commands)
+  _add_convert(commands)
   _add_print_config(commands)
   return parser
 
@@ -354,6 +394,51 @@ def _add_export(commands: Any) -> None:
   command.add_argument(
     "--dtype", default="bfloat16", help="to store (default: %(default)s)"
   )
+
+
+def _add_convert(commands: Any) -> None:
+  command = _add(commands, "convert", convert)
+  command.add_argument("source", metavar="SOURCE", help="what to convert")
+  command.add_argument("--out", required=True, help="the file *.safetensors")
+  command.add_argument(
+    "--layout",
+    default="crcm",
+    choices=("crcm", "wan", "rcm", "diffusers"),
+    help="of OUT (default: %(default)s)",
+  )
+  command.add_argument(
+    "--group", help="which of several networks, such as generator_ema"
+  )
+  command.add_argument(
+    "--dtype", type=jnp.dtype, help="to store; as it is by default"
+  )
+  command.add_argument("--stage", help="that made the weights; kept in OUT")
+  command.add_argument(
+    "--pattern",
+    type=_pattern,
+    metavar="FIRST,REST",
+    help="latent frames of the first and of each later chunk; kept in OUT",
+  )
+  command.add_argument(
+    "--about",
+    metavar="FILE.json",
+    help="more to keep in OUT, such as `sampling`, the schedules",
+  )
+  command.add_argument(
+    "--network",
+    metavar="config.json",
+    help="of the original, where heads are not 128 wide",
+  )
+  command.add_argument(
+    "--force",
+    action="store_true",
+    help="let these contradict what SOURCE says of itself",
+  )
+
+
+def _pattern(text: str) -> ChunkPattern:
+  first, _, rest = text.partition(",")
+  return ChunkPattern(int(first), int(rest))
 
 
 def _add_print_config(commands: Any) -> None:

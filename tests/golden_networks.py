@@ -47,7 +47,7 @@ def check_case(file, case, per_example, grads):
   name = f"{file}/{case.name}"
   parity.check_each(name, "loss", per_example, case["loss_per_sample"])
   model, _ = network("student")
-  ours = models.params_to_torch(grads, model.config)
+  ours = models.params_to_torch(grads, model.config, layout="rcm")
   norm = np.linalg.norm(flat(ours))
   parity.check(name, "norm", norm, case["grad_norm"], "gradient")
   if recorded := case.grads():

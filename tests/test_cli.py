@@ -1,15 +1,19 @@
 """The command line, from help to a whole tiny experiment."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
+import tiny_wan
 
-from crcm_jax import cli
+from crcm_jax import cli, models
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "configs" / "moving_digits.py")
@@ -55,7 +59,8 @@ def run(*words):
 
 
 @pytest.mark.parametrize(
-  "command", ["train", "sample", "evaluate", "export", "print-config"]
+  "command",
+  ["train", "sample", "evaluate", "export", "convert", "print-config"],
 )
 def test_help_shows_examples(command, capsys):
   run(command, "--help")
@@ -148,3 +153,48 @@ def test_compiled_programs_are_kept_unless_told_where(monkeypatch):
     assert jax.config.jax_compilation_cache_dir == str(cli.CACHE / "programs")
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_convert(tmp_path, capsys):
+  """From PyTorch's layout to ours and back, with what the weights are for."""
+  params, config = tiny_wan.params(), tiny_wan.CONFIG
+  source, ours, back = (tmp_path / f"{i}.safetensors" for i in range(3))
+  models.save_torch(source, params, config, {"stage": "consistency"})
+  entries = tmp_path / "config.json"
+  entries.write_text(
+    json.dumps(
+      dict(num_layers=2, dim=16, num_heads=2, ffn_dim=24, freq_dim=16)
+      | dict(text_dim=6, text_len=3, in_dim=4, out_dim=4)
+    )
+  )
+  words = ("convert", source, "--out", ours, "--network", entries)
+  assert run(*words, "--pattern", "1,3", "--dtype", "bfloat16") == 0
+  assert capsys.readouterr().out.strip() == str(ours)
+  loaded, about = models.load_params(ours)
+  rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
+  assert about["stage"] == "consistency"
+  assert about["pattern"] == {"first": 1, "rest": 3}
+  assert models.config_from(about) == dataclasses.replace(
+    config, time_scale=1000.0
+  )
+
+  words = ("convert", ours, "--out", back, "--layout", "diffusers")
+  assert run(*words, "--pattern", "3,3") == 2
+  message = capsys.readouterr().err
+  assert "pattern.first is 1, expected 3" in message
+  assert not back.exists()
+  assert run(*words) == 0
+  assert models.torch_about(back)["pattern"] == {"first": 1, "rest": 3}
+  _, again = models.params_from_torch(back, config)
+  jax.tree.map(np.testing.assert_array_equal, again, rounded)
+  assert run(*words, "--pattern", "3,3", "--force") == 0
+  assert models.torch_about(back)["pattern"] == {"first": 3, "rest": 3}
+
+
+def test_convert_says_what_is_wrong(tmp_path, capsys):
+  page = tmp_path / "model.pth"
+  page.write_text("<!doctype html>")
+  assert run("convert", page, "--out", tmp_path / "a.safetensors") == 2
+  assert "is a web page" in capsys.readouterr().err
+  assert not (tmp_path / "a.safetensors").exists()

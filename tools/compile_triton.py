@@ -100,7 +100,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
       text=True,
       check=True,
     ).stdout
-  registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out).groups()
+  ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", out)
   return int(registers), int(stack)
 
 
@@ -169,7 +169,9 @@ def compile_call(capability, dtype, width, about, run) -> list[dict]:
 
 def main():
   """Compiles everything for every generation asked for; fails if one cannot."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(
+    description="Compiles the Triton kernels without a GPU."
+  )
   parser.add_argument("capabilities", nargs="*", type=int)
   parser.add_argument("--json", action="store_true", help="prints JSON lines")
   options = parser.parse_args()

@@ -12,13 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.flax
 
-from crcm_jax._typing import Array, Params
-
-_METADATA = "crcm_jax"
+from crcm_jax._typing import Params
+from crcm_jax.models._about import check_about, METADATA
+from crcm_jax.models._tensor_files import in_memory, open_tensors, write_tensors
 
 
 def save_params(
@@ -36,70 +33,48 @@ def save_params(
     metadata: anything JSON can hold: the config, the schedule, the command.
     dtype: dtype to store, `jnp.bfloat16` halves the file; None keeps it.
   """
-  path = pathlib.Path(path)
   cast = lambda a: jnp.asarray(a, dtype or jnp.asarray(a).dtype)
   flat = {name: cast(value) for name, value in flatten(params).items()}
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    safetensors.flax.save_file(
-      flat, part, metadata={_METADATA: json.dumps(dict(metadata))}
-    )
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  about = {METADATA: json.dumps(dict(metadata))}
+  write_tensors(pathlib.Path(path), in_memory(flat).tensors, about)
 
 
 def load_params(
-  path: str | os.PathLike[str], *, dtype: Any = None
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = None,
+  expect: Mapping[str, Any] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
   """Reads what `save_params` wrote.
 
   Args:
     path: the file.
     dtype: dtype of the parameters; None keeps the stored one.
+    expect: entries of the metadata that the file must agree with where it has
+      them, such as `{"pattern": {"first": 1, "rest": 3}}`.
 
   Returns:
     The parameters, and their metadata.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if the file is not whole, or not one of `save_params`.
+    ValueError: if the file is not whole, not one of `save_params`, or
+      contradicts `expect`.
   """
-  tensors, metadata = read_tensors(pathlib.Path(path))
-  if _METADATA not in metadata:
+  file = open_tensors(pathlib.Path(path))
+  if METADATA not in file.metadata:
     raise ValueError(
       f"`path` must be a file written by `save_params`; {path} lacks its"
       " metadata. Convert an original Wan checkpoint with `params_from_torch`."
     )
+  about = json.loads(file.metadata[METADATA])
+  check_about(about, expect)
   cast = lambda a: jnp.asarray(a, dtype or a.dtype)
-  params = unflatten({name: cast(a) for name, a in tensors.items()})
-  return params, json.loads(metadata[_METADATA])
+  flat = {name: cast(tensor.read()) for name, tensor in file.tensors.items()}
+  return unflatten(flat), about
 
 
-def read_tensors(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Reads a safetensors file to host memory, with its metadata.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if the file is not whole.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f"`path` must be a file; there is no {path}.")
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      names = file.keys()  # the file itself is not iterable
-      tensors = {name: file.get_tensor(name) for name in names}
-      return tensors, file.metadata() or {}
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"`path` must be a whole safetensors file; {path} is not ({error})."
-      " Copy or write it again."
-    ) from error
-
-
-def flatten(params: Params) -> dict[str, Array]:
+def flatten(params: Params) -> dict[str, Any]:
   """Joins the keys of a tree of dicts by "/"."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {

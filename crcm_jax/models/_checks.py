@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from crcm_jax._typing import Array
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.models._conditioning import Conditioning
 from crcm_jax.models._config import WanConfig
 
 
@@ -13,7 +14,7 @@ def check_call(
   config: WanConfig,
   x: Array,
   t: Array,
-  text: Array,
+  text: Conditioning,
   pattern: ChunkPattern | None,
   context: Array | None,
   context_t: Array | None,
@@ -26,7 +27,7 @@ def check_call(
   """
   _check_latents(config, x)
   _check_times("t", t, x)
-  check_text(config, text, x.shape[0])
+  check_conditioning(config, text, x.shape[0])
   if pattern is not None:
     pattern.num_chunks(x.shape[1])  # raises if the frames do not fit
   if context is None:
@@ -91,7 +92,8 @@ def _check_latents(config: WanConfig, x: Array) -> None:
   if x.ndim != 5 or x.shape[-1] != config.in_channels:
     raise ValueError(
       "`x` must hold latents [b, f, h, w, c] with c ="
-      f" {config.in_channels}; got shape {x.shape}. Move the channels last."
+      f" {config.in_channels}; got shape {x.shape}. Move the channels last; an"
+      " image-to-video network counts `Conditioning.frames` with them."
     )
   config.tokens_per_frame(*x.shape[2:4])
 
@@ -113,6 +115,32 @@ def _check_times(name: str, t: Array, x: Array) -> None:
 
 def _wide(dtype: Any) -> bool:
   return dtype in (jnp.dtype("float32"), jnp.dtype("float64"))
+
+
+def check_conditioning(
+  config: WanConfig, given: Conditioning, batch: int
+) -> None:
+  """Checks a prompt and an image's features.
+
+  Raises:
+    ValueError: if they do not fit the batch or the config.
+  """
+  check_text(config, given.text, batch)
+  expected = (batch, "tokens", config.image_width)
+  if config.image_width is None:
+    if given.image is not None:
+      raise ValueError(
+        "`text.image` must be None for a text-to-video network; got features"
+        f" {given.image.shape}. Load an image-to-video network."
+      )
+    return
+  shape = None if given.image is None else given.image.shape
+  if shape is None or (shape[0], shape[2]) != (batch, config.image_width):
+    raise ValueError(
+      f"`text.image` must hold CLIP's features {expected} for this"
+      f" image-to-video network; got {shape}. Pass `text=Conditioning(text,"
+      " image, frames)`."
+    )
 
 
 def check_text(config: WanConfig, text: Array, batch: int) -> None:

@@ -6,9 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crcm_jax._typing import Array, Float, Int, Params
+from crcm_jax._typing import Array, Int, Params
 from crcm_jax.models._cache import Cache, empty_past
-from crcm_jax.models._checks import check_text
+from crcm_jax.models._checks import check_conditioning
+from crcm_jax.models._conditioning import (
+  as_conditioning,
+  Conditioning,
+  frames_from,
+  Text,
+)
 from crcm_jax.models._wan import Latents, Times, Wan
 
 
@@ -18,7 +24,7 @@ class WanChunks:
 
   Attributes:
     model: the network.
-    text: embeddings of the prompts.
+    text: embeddings of the prompts; of images too, with `Conditioning`.
     height: rows of a latent frame.
     width: columns of a latent frame.
 
@@ -30,7 +36,7 @@ class WanChunks:
   """
 
   model: Wan
-  text: Float[Array, "b l d"]
+  text: Text | Conditioning
   _: dataclasses.KW_ONLY
   height: int
   width: int
@@ -50,7 +56,7 @@ class WanChunks:
       ValueError: if the prompts do not fit the batch or the config.
     """
     config = self.model.config
-    check_text(config, self.text, batch)
+    check_conditioning(config, as_conditioning(self.text), batch)
     text = self._apply("text_keys_values", params, self.text)
     tokens = frames * config.tokens_per_frame(self.height, self.width)
     past = empty_past(
@@ -68,13 +74,15 @@ class WanChunks:
     self, params: Params, x: Latents, t: Times, cache: Cache
   ) -> Latents:
     """Predicts the next chunk's velocity; the cache is only read."""
-    return self._apply("chunk", params, x, t, cache)[0]
+    frames = self._frames(cache, x.shape[1])
+    return self._apply("chunk", params, x, t, cache, frames)[0]
 
   def mean_velocity(
     self, params: Params, x: Latents, t: Times, end_time: Times, cache: Cache
   ) -> Latents:
     """Predicts the next chunk's mean velocity from `t` to `end_time`."""
-    return self._apply("chunk", params, x, t, cache, end_time)[0]
+    frames = self._frames(cache, x.shape[1])
+    return self._apply("chunk", params, x, t, cache, frames, end_time)[0]
 
   def append(
     self, params: Params, x: Latents, t: Times, cache: Cache
@@ -85,7 +93,8 @@ class WanChunks:
     it that the cache has room: its fill is known at run time only.
     """
     detached = jax.lax.stop_gradient((params, x, t, cache))
-    v, own = self._apply("chunk", *detached)
+    frames = self._frames(cache, x.shape[1])
+    v, own = self._apply("chunk", *detached, frames)
     return v, cache.extended(own, x.shape[1])
 
   def rewind(
@@ -97,6 +106,11 @@ class WanChunks:
     """
     text = self._apply("text_keys_values", params, self.text)
     return cache._replace(text=text, frames=frames, position=frames)
+
+  def _frames(self, cache: Cache, length: int) -> Array | None:
+    """Returns what is known of the next frames."""
+    known = as_conditioning(self.text).frames
+    return frames_from(known, cache.position, length)
 
   def _apply(self, method: str, params: Params, *args: Any) -> Any:
     return self.model.apply({"params": params}, *args, method=method)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from crcm_jax.models._remat import REMAT_POLICIES
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Precision:
   """The dtypes of one forward pass; the only precision policy.
 
@@ -44,6 +44,19 @@ class Precision:
   residual: Any
   island: Any
 
+  @classmethod
+  def of(cls, config: Any, dtype: Any) -> "Precision":
+    """Returns the dtypes of a pass on inputs of `dtype`.
+
+    Args:
+      config: has the network's `dtype` (float32: that of the islands) and
+        `param_dtype`.
+      dtype: of the inputs.
+    """
+    island = at_least_float32(dtype)
+    compute = island if config.dtype == jnp.float32 else config.dtype
+    return cls(config.param_dtype, compute, residual=island, island=island)
+
 
 def at_least_float32(dtype: Any) -> Any:
   """Returns float64 for float64, else float32."""
@@ -65,6 +78,8 @@ class WanConfig:
       zeros, which the network attends to as the reference does.
     in_channels: channels of a latent.
     out_channels: channels of the velocity.
+    image_width: width of CLIP's features in an image-to-video network; its
+      `in_channels` count `Conditioning.frames` too. None is text-to-video.
     patch: latent frames, rows and columns of one token; one frame always.
     eps: added to the variance in the norms.
     time_scale: a rectified-flow time times this enters the sinusoid.
@@ -93,6 +108,7 @@ class WanConfig:
   freq_width: int = 256
   in_channels: int = 16
   out_channels: int = 16
+  image_width: int | None = None
   patch: tuple[int, int, int] = (1, 2, 2)
   eps: float = 1e-6
   time_scale: float = 1000.0
@@ -133,11 +149,7 @@ class WanConfig:
 
   def precision(self, dtype: Any) -> Precision:
     """Returns the dtypes of a forward pass on inputs of `dtype`."""
-    island = at_least_float32(dtype)
-    compute = island if self.dtype == jnp.float32 else self.dtype
-    return Precision(
-      params=self.param_dtype, compute=compute, residual=island, island=island
-    )
+    return Precision.of(self, dtype)
 
   def tokens_per_frame(self, height: int, width: int) -> int:
     """Returns the tokens of one latent frame of `height` x `width`.
@@ -175,6 +187,8 @@ class WanConfig:
       )
     fields = {ours: wan[theirs] for ours, theirs in _WAN_NAMES.items()}
     fields["patch"] = tuple(wan.get("patch_size", (1, 2, 2)))
+    if wan.get("model_type") == "i2v":
+      fields["image_width"] = CLIP_WIDTH
     return cls(**(fields | changes))
 
   def parameter_count(self) -> int:
@@ -189,8 +203,15 @@ class WanConfig:
     text = linear(self.text_width, d) + linear(d, d)
     head = linear(d, pixels * self.out_channels) + 2 * d
     patch = linear(pixels * self.in_channels, d)
-    return self.layers * block + time + text + head + patch
+    image = 0
+    if (e := self.image_width) is not None:
+      block += 2 * linear(d, d) + d
+      image = 2 * e + linear(e, e) + linear(e, d) + 2 * d
+    return self.layers * block + time + text + head + patch + image
 
+
+CLIP_WIDTH = 1280
+"""Width of the CLIP features that Wan 2.1's image-to-video networks read."""
 
 _WAN_NAMES = {
   "layers": "num_layers",
@@ -225,3 +246,8 @@ WAN_14B = WanConfig(
   dtype=jnp.bfloat16,
 )
 """Wan 2.1 text-to-video, 14 billion parameters."""
+
+WAN_14B_IMAGE = dataclasses.replace(
+  WAN_14B, in_channels=36, image_width=CLIP_WIDTH
+)
+"""Wan 2.1 image-to-video, 14 billion parameters, 480p and 720p."""

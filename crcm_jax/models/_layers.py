@@ -6,6 +6,7 @@ keep their frame as an axis, `[b f p m]` with p tokens a frame and m the width,
 so that modulation is one row a frame, `[b f 1 m]`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -156,6 +157,71 @@ class Attention(nn.Module):
     return (heads if rope is None else rotate(heads, rope)).astype(x.dtype)
 
 
+class CrossAttention(Attention):
+  """Attention to the prompt and, of equal weight, to an image.
+
+  Their keys and values come one after the other; each has its own softmax, and
+  the two outputs are added.
+  """
+
+  def setup(self):
+    """Makes the image's projections too, where there are images."""
+    super().setup()
+    config = self.config
+    if config.image_width is not None:
+      linear = lambda: Linear(
+        config.width, config.param_dtype, width_normal(config.width)
+      )
+      self.image_key, self.image_value = linear(), linear()
+      self.image_key_norm = RmsNorm(config.eps, config.param_dtype)
+
+  def keys_values(
+    self, x: Float[Array, "b *s m"], rope: RopeTable | None = None
+  ) -> KeysValues:
+    """Projects the prompt's tokens and, after them, the image's."""
+    text, image = self._parts(x)
+    of_text = super().keys_values(text, rope)
+    if image is None:
+      return of_text
+    keys = self._normed(self.image_key(image), self.image_key_norm, rope)
+    of_image = KeysValues(keys, self._heads(self.image_value(image)))
+    join = lambda *a: jnp.concatenate(a, axis=1)
+    return KeysValues(*map(join, of_text, of_image))
+
+  def attend(self, q: Heads, both: KeysValues, attend: Attend) -> Heads:
+    """Attends to the prompt, and to the image."""
+    keys, image_keys = self._parts(both.keys)
+    values, image_values = self._parts(both.values)
+    o = attend(q, keys, values)
+    if image_keys is None or image_values is None:
+      return o
+    return o + attend(q, image_keys, image_values)
+
+  def _parts(self, tokens: Array) -> tuple[Array, Array | None]:
+    if self.config.image_width is None:
+      return tokens, None
+    length = self.config.text_length
+    return tokens[:, :length], tokens[:, length:]
+
+
+class ImageEmbedding(nn.Module):
+  """CLIP's features to tokens of the network's width."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, image: Float[Array, "b i e"]) -> Float[Array, "b i m"]:
+    """Applies the layers in the dtype of `image`."""
+    config, dtype = self.config, self.config.param_dtype
+    island = config.precision(image.dtype).island
+    norm = lambda name: AffineLayerNorm(1e-5, dtype, name=name)
+    gelu = functools.partial(nn.gelu, approximate=False)
+    width = image.shape[-1]
+    mlp = Mlp(width, config.width, gelu, dtype, small_normal, name="mlp")
+    x = norm("norm_in")(image.astype(island)).astype(image.dtype)
+    return norm("norm_out")(mlp(x).astype(island)).astype(image.dtype)
+
+
 class Block(nn.Module):
   """One transformer block: self-attention, cross-attention, feed-forward.
 
@@ -174,7 +240,7 @@ class Block(nn.Module):
     )
     self.self_attention = Attention(config)
     self.cross_norm = AffineLayerNorm(config.eps, dtype)
-    self.cross_attention = Attention(config)
+    self.cross_attention = CrossAttention(config)
     self.ffn = Mlp(config.ffn_width, config.width, nn.gelu, dtype)
 
   def text_keys_values(self, text: Float[Array, "b l m"]) -> KeysValues:
@@ -196,7 +262,7 @@ class Block(nn.Module):
       x: the residual stream, at least float32.
       e_6: time features of the six modulation rows, per frame.
       rope: cosines and sines of the tokens' positions.
-      text: keys and values of the text.
+      text: keys and values of the prompt, and of an image after them.
       attend: self-attention of this stream's queries, keys and values.
       cross_attend: attention without mask.
 
@@ -215,7 +281,8 @@ class Block(nn.Module):
     x = x + self.self_attention.output(o, y).astype(x.dtype) * m[2]
 
     y = self.cross_norm(x).astype(compute)
-    o = cross_attend(self.cross_attention.queries(y), *text)
+    q = self.cross_attention.queries(y)
+    o = self.cross_attention.attend(q, text, cross_attend)
     x = x + self.cross_attention.output(o, y).astype(x.dtype)
 
     y = (layer_norm(x, eps) * (1 + m[4]) + m[3]).astype(compute)

@@ -31,10 +31,17 @@ from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.models._cache import Cache
 from crcm_jax.models._checks import check_call, check_chunk, check_end_time
+from crcm_jax.models._conditioning import (
+  as_conditioning,
+  beside,
+  Conditioning,
+  Text,
+)
 from crcm_jax.models._config import WanConfig
 from crcm_jax.models._layers import (
   Block,
   Head,
+  ImageEmbedding,
   KeysValues,
   Linear,
   Mlp,
@@ -48,7 +55,6 @@ from crcm_jax.models._time import sinusoid
 
 Latents = Float[Array, "b f h w c"]
 Times = Float[Array, "b f"]
-Text = Float[Array, "b l d"]
 
 
 class Stream(NamedTuple):
@@ -90,6 +96,8 @@ class Wan(nn.Module):
     )
     self.patch_embedding = Linear(width, dtype, xavier)
     self.text_embedding = mlp(activation=nn.gelu)
+    if config.image_width is not None:
+      self.image_embedding = ImageEmbedding(config)
     self.time_embedding = mlp(activation=nn.silu)
     if config.end_time:
       self.end_embedding = _end_embedding(config)
@@ -101,7 +109,7 @@ class Wan(nn.Module):
     self,
     x: Latents,
     t: Times,
-    text: Text,
+    text: Text | Conditioning,
     *,
     pattern: ChunkPattern | None = None,
     context: Latents | None = None,
@@ -118,7 +126,7 @@ class Wan(nn.Module):
     Args:
       x: latents at times `t`.
       t: one rectified-flow time a frame, in [0, 1], at least float32.
-      text: embeddings of the prompt.
+      text: embeddings of the prompt; with `Conditioning`, of an image too.
       pattern: how latent frames group into chunks.
       context: the history, clean or noisy latents.
       context_t: its times; None is 0, clean.
@@ -135,45 +143,54 @@ class Wan(nn.Module):
       ValueError: if shapes do not fit each other, the config or the pattern.
       TypeError: if times are narrower than float32.
     """
-    check_call(self.config, x, t, text, pattern, context, context_t)
+    given = as_conditioning(text)
+    x = beside(x, given.frames)
+    context = None if context is None else beside(context, given.frames)
+    check_call(self.config, x, t, given, pattern, context, context_t)
     check_end_time(self.config, end_time, x)
     rope = self._rope(x)
-    text = self.text_embedding(self._compute(text, x))
+    prompt = self._prompt(given, x)
     noisy = self._stream(x, t, end_time)
     boundaries = pattern and self._boundaries(pattern, x)
     if context is None:
       causal = kernels.BlockMask.block_causal
       mask = None if boundaries is None else causal(boundaries)
-      tokens = self._one_stream(noisy, rope, text, mask)
+      tokens = self._one_stream(noisy, rope, prompt, mask)
     else:
       assert boundaries is not None  # check_call saw to it
       if context_t is None:  # one time serves all frames
         context_t = jnp.zeros((1, 1), t.dtype)
       clean = self._stream(context, context_t)
       tokens = self._two_streams(
-        clean, noisy, rope, text, boundaries, context_gradient
+        clean, noisy, rope, prompt, boundaries, context_gradient
       )
     return self._velocity(tokens, noisy.e, x.shape[2])
 
-  def text_keys_values(self, text: Text) -> KeysValues:
+  def text_keys_values(self, text: Text | Conditioning) -> KeysValues:
     """Computes every layer's keys and values of a prompt.
 
     Args:
-      text: embeddings of the prompt.
+      text: embeddings of the prompt, and of an image with `Conditioning`.
 
     Returns:
-      Keys and values, `[layers b l n d]`.
+      Keys and values, `[layers b l n d]`, the image's after the prompt's.
     """
-    text = self.text_embedding(self._compute(text, text))
+    given = as_conditioning(text)
+    prompt = self._prompt(given, given.text)
 
     def body(block: Block, carry: None, xs: None):
       del xs
-      return carry, block.text_keys_values(text)
+      return carry, block.text_keys_values(prompt)
 
     return self._scan(body, None)[1]
 
   def chunk(
-    self, x: Latents, t: Times, cache: Cache, end_time: Times | None = None
+    self,
+    x: Latents,
+    t: Times,
+    cache: Cache,
+    frames: Float[Array, "b f h w k"] | None = None,
+    end_time: Times | None = None,
   ) -> tuple[Latents, KeysValues]:
     """Predicts the velocity of the frames that follow those of a cache.
 
@@ -185,6 +202,7 @@ class Wan(nn.Module):
       x: the chunk's latents.
       t: their times.
       cache: the frames before it, and the prompt.
+      frames: what is known of its frames (`Conditioning.frames`).
       end_time: as in `__call__`.
 
     Returns:
@@ -194,6 +212,7 @@ class Wan(nn.Module):
       ValueError: if shapes do not fit each other, the config or the cache.
       TypeError: if times are narrower than float32.
     """
+    x = beside(x, frames)
     check_chunk(self.config, x, t, cache.past.keys.shape)
     check_end_time(self.config, end_time, x)
     stream = self._stream(x, t, end_time)
@@ -211,6 +230,14 @@ class Wan(nn.Module):
     xs = (jax.lax.stop_gradient(cache.past), cache.text)
     tokens, own = self._scan(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
+
+  def _prompt(self, given: Conditioning, like: Array) -> Array:
+    """Embeds the prompt and, after it, the image."""
+    text = self.text_embedding(self._compute(given.text, like))
+    if given.image is None:
+      return text
+    image = self.image_embedding(self._compute(given.image, like))
+    return jnp.concatenate([text, image], axis=1)
 
   def _one_stream(
     self,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_wan
-from tiny_wan import CONFIG
 
 from crcm_jax import models
 
@@ -49,52 +48,9 @@ def test_load_messages(tmp_path):
     models.load_params(path)
 
 
-def test_torch_round_trip(tmp_path):
-  params, path = tiny_wan.params(), tmp_path / "wan.safetensors"
-  state = models.params_to_torch(params, CONFIG)
-  assert state["blocks.1.ffn.0.weight"].shape == (24, 16)
-  _, back = models.params_from_torch(state, CONFIG)
-  assert_equal(back, params)
-  safetensors.numpy.save_file(state, path)
-  assert_equal(models.params_from_torch(path, CONFIG)[1], params)
-  conv = state["patch_embedding.weight"].reshape(16, 4, 1, 2, 2)
-  state = state | {"patch_embedding.weight": conv}
-  assert_equal(models.params_from_torch(state, CONFIG)[1], params)
-
-
-def test_config_read_off_the_arrays():
-  config = models.WanConfig(
-    layers=1,
-    width=256,
-    heads=2,
-    ffn_width=8,
-    freq_width=4,
-    text_width=6,
-    text_length=512,
-    in_channels=4,
-    out_channels=4,
-  )
-  state = models.params_to_torch(tiny_wan.params(config), config)
-  assert models.params_from_torch(state)[0] == config
-
-
-def test_torch_messages():
-  state = models.params_to_torch(tiny_wan.params(), CONFIG)
-  bad = dict(state)
-  del bad["head.modulation"]
-  bad["extra"] = np.zeros(1)
-  bad["blocks.0.norm3.bias"] = np.zeros(5)
-  with pytest.raises(ValueError) as error:
-    models.params_from_torch(bad, CONFIG)
-  for part in (
-    "missing head.modulation",
-    "surplus extra",
-    r"blocks.0.norm3.bias has shape (5,), expected (16,)",
-  ):
-    assert part in str(error.value)
-  with pytest.raises(ValueError, match=r"`config` must be given.* width 16"):
-    models.params_from_torch(state)
-  with pytest.raises(ValueError, match=r"missing.*Strip any prefix"):
-    models.params_from_torch({"student/head.modulation": np.zeros(1)})
-  with pytest.raises(ValueError, match=r'`layout` must be "wan"'):
-    models.params_to_torch(tiny_wan.params(), CONFIG, layout="other")
+def test_what_a_file_says_must_fit_its_use(tmp_path):
+  path, pattern = tmp_path / "d.safetensors", {"first": 1, "rest": 3}
+  models.save_params(path, {"a": jnp.ones(2)}, {"pattern": pattern})
+  models.load_params(path, expect={"pattern": pattern, "stage": "any"})
+  with pytest.raises(ValueError, match=r"pattern.first is 1, expected 3"):
+    models.load_params(path, expect={"pattern": {"first": 3}})

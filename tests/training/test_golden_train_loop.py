@@ -126,7 +126,8 @@ def _check_final(name, params, start):
   model, first = network(start)
   recorded = golden.load(LOOP, f"final_{name}").arrays
   ours, first = (
-    models.params_to_torch(tree, model.config) for tree in (params, first)
+    models.params_to_torch(tree, model.config, layout="rcm")
+    for tree in (params, first)
   )
   if "sketch" in recorded:
     recorded, ours, first = recorded["sketch"], sketch(ours), sketch(first)
