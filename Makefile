@@ -81,7 +81,7 @@ dist: .venv/dev.stamp
 newest: .venv/dev.stamp
 	NEWEST_PYTHON='$(NEWEST_PYTHON)' tools/test_newest_jax.sh
 
-ci: lint types test aot doctest docs dist newest parity
+ci: lint types test aot doctest docs dist newest
 	@echo "make ci: all passed"
 
 clean:

@@ -231,19 +231,18 @@ MUTATIONS = (
   # Distribution matching.
   _matching(
     "swap the real and the fake score",
-    "direction = (f - r) / expand(scale, x_0)",
-    "direction = (r - f) / expand(scale, x_0)",
+    "direction = time * (v_real - v_fake)",
+    "direction = time * (v_fake - v_real)",
   ),
   _matching(
     "normalise by the distance from the fake prediction",
-    "jnp.abs(wide(x_0) - r)",
-    "jnp.abs(wide(x_0) - f)",
+    "jnp.abs(v_real - (wide(noise)",
+    "jnp.abs(v_fake - (wide(noise)",
   ),
   _matching(
     "normalise by the root mean square",
-    "distance = _examples.weighted_mean(jnp.abs(wide(x_0) - r), frame_weight)",
-    "distance = jnp.sqrt(_examples.weighted_mean("
-    "jnp.square(wide(x_0) - r), frame_weight))",
+    "distance = _examples.weighted_mean(error, frame_weight)",
+    "distance = jnp.sqrt(_examples.weighted_mean(error**2, frame_weight))",
   ),
   _matching(
     "forget the smallest normaliser",
@@ -287,8 +286,8 @@ MUTATIONS = (
   ),
   _flow(
     "forget the bell's constant",
-    " - jnp.exp(jnp.asarray(-0.5, t.dtype))",
-    "",
+    "math.exp(-0.5) * jnp.expm1(2 * t * (1 - t))",
+    "math.exp(-0.5) * jnp.exp(2 * t * (1 - t))",
   ),
   _flow(
     "ignore the weight of a time",
@@ -350,8 +349,8 @@ MUTATIONS = (
   Mutation(
     "start from unscaled noise",
     "sampling/_few_step.py",
-    "jax.lax.scan(step, t[0] * noise,",
-    "jax.lax.scan(step, noise,",
+    "scale = t[0] if initial_scale is None else",
+    "scale = 1.0 if initial_scale is None else",
     FEW_STEP,
   ),
   Mutation(
