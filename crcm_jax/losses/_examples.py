@@ -151,9 +151,12 @@ def norm(x: Array, frame_weight: Array | None) -> Float[Array, "b"]:
   """Returns each example's Euclidean norm, weighting squared frames.
 
   Squares are taken of `x` over its largest element, so that a large tangent
-  does not overflow.
+  does not overflow; a removed frame has no say in which that is.
   """
   axes = tuple(range(1, x.ndim))
+  if frame_weight is not None:
+    kept = expand(frame_weight, x) > 0
+    x = jnp.where(kept, x, jnp.zeros((), x.dtype))
   largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axes)
   size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
   square = jnp.square(x / expand(size, x))
