@@ -1,4 +1,4 @@
-"""The command `crcm`: train, sample, evaluate, export, convert, and so on."""
+"""The command `crcm`: train, sample, evaluate, encode, convert, and so on."""
 
 import argparse
 import dataclasses
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from crcm_jax import data, evaluation, models, training
 from crcm_jax.chunks import ChunkPattern
@@ -64,6 +66,16 @@ SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
 or .pth file, the index of shards, a folder with one of these, in the original
 layout or that of diffusers; or a file of ours. What it says of itself (stage,
 chunk pattern, schedules) goes along. No code in a pickle is run.""",
+  "encode": """examples:
+  crcm encode videos/ --out data --name pets --weights Wan2.1-T2V-1.3B
+  crcm encode videos/ --captions captions.csv --out data --name pets \\
+    --weights Wan2.1-T2V-1.3B --size 480x832 --frames 81 --fps 16
+  crcm encode shards/*.tar --out data --name rcm --null-embedding null.pt
+
+A folder holds videos, each with its caption beside it (a.mp4, a.txt) or in a
+.csv or .jsonl with `video` and `caption`. Tar shards hold KEY.latent.pt,
+KEY.embed.pt and KEY.prompt.txt. The dataset's folder, which is printed, goes
+into a config: data=dict(name="wan_latents", folder=..., batch_size=...).""",
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -201,6 +213,72 @@ def convert(arguments: argparse.Namespace) -> None:
   print(out)
 
 
+def encode(arguments: argparse.Namespace) -> None:
+  """Prepares a dataset of latents from videos and captions, or tar shards."""
+  data.check_wan_latents_name(arguments.out, arguments.name)
+  sources = [pathlib.Path(source) for source in arguments.source]
+  if all(source.suffix == ".tar" for source in sources):
+    null = _null_of_shards(arguments)
+    records = data.read_latent_shards(sources)
+  elif len(sources) == 1:
+    null, records = _encoded_videos(sources[0], arguments)
+  else:
+    raise ValueError(
+      "SOURCE must be one folder of videos, or tar shards; got"
+      f" {arguments.source}."
+    )
+  folder = data.prepare_wan_latents(
+    arguments.out,
+    arguments.name,
+    records,
+    null_embedding=null,
+    max_bad=arguments.max_bad,
+    dtype=arguments.dtype,
+  )
+  info = data.describe_wan_latents(folder)
+  _LOG.info(
+    "%d videos of latents %s, %d skipped.",
+    info.examples,
+    info.latents,
+    len(info.skipped),
+  )
+  print(folder)
+
+
+def _null_of_shards(arguments: argparse.Namespace) -> np.ndarray:
+  """Reads what stands in for a dropped caption, which shards do not hold."""
+  if arguments.null_embedding is not None:
+    return data.read_embedding(arguments.null_embedding)
+  if arguments.weights is not None:
+    embed = models.load_encoders(arguments.weights).embed
+    return embed([arguments.null_prompt])[0]
+  raise ValueError(
+    "`--null-embedding` must be a .pt or .npy of the embeddings that stand in"
+    " for a dropped caption, for the shards hold none; or let `--weights DIR`"
+    " embed `--null-prompt`."
+  )
+
+
+def _encoded_videos(
+  folder: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[np.ndarray, Any]:
+  """Returns the null prompt's embedding, and videos that are yet to encode."""
+  videos = data.find_videos(folder, arguments.captions)
+  if arguments.weights is None:
+    raise ValueError(
+      "`--weights` must be the folder of a Wan 2.1 checkpoint, whose"
+      " autoencoder and text encoder are used."
+    )
+  frames, size = arguments.frames, arguments.size
+  models.WAN_VAE.latent_shape(frames, *size)
+  encoders = models.load_encoders(arguments.weights)
+  progress = tqdm.tqdm(videos, desc="encode", unit="video")
+  records = data.encode_videos(
+    progress, *encoders, frames=frames, size=size, fps=arguments.fps
+  )
+  return encoders.embed([arguments.null_prompt])[0], records
+
+
 def print_config(arguments: argparse.Namespace) -> None:
   """Prints a config after all changes, once it is known to be readable."""
   config = training.load_config(arguments.config, arguments.overrides)
@@ -314,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_evaluate(commands)
   _add_export(commands)
   _add_convert(commands)
+  _add_encode(commands)
   _add_print_config(commands)
   return parser
 
@@ -434,6 +513,64 @@ def _add_convert(commands: Any) -> None:
     action="store_true",
     help="let these contradict what SOURCE says of itself",
   )
+
+
+def _add_encode(commands: Any) -> None:
+  command = _add(commands, "encode", encode)
+  command.add_argument(
+    "source", nargs="+", metavar="SOURCE", help="a folder, or *.tar"
+  )
+  command.add_argument(
+    "--out", required=True, help="the folder of datasets, made if missing"
+  )
+  command.add_argument("--name", required=True, help="of the new dataset")
+  command.add_argument(
+    "--weights", metavar="DIR", help="of Wan 2.1, original or diffusers"
+  )
+  command.add_argument(
+    "--captions", metavar="FILE", help="*.csv or *.jsonl; else NAME.txt"
+  )
+  command.add_argument(
+    "--size",
+    type=_size,
+    default=(480, 832),
+    metavar="HEIGHTxWIDTH",
+    help="videos are scaled and cropped to it (default: 480x832)",
+  )
+  command.add_argument(
+    "--frames", type=int, default=81, help="of a clip (default: %(default)s)"
+  )
+  command.add_argument(
+    "--fps", type=float, default=16.0, help="of a clip (default: %(default)s)"
+  )
+  command.add_argument(
+    "--null-prompt",
+    default="",
+    help="what stands in for a dropped caption (default: empty)",
+  )
+  command.add_argument(
+    "--null-embedding", metavar="FILE", help="its embeddings, *.pt or *.npy"
+  )
+  command.add_argument(
+    "--max-bad",
+    type=int,
+    default=10,
+    help="bad records to skip before giving up (default: %(default)s)",
+  )
+  command.add_argument(
+    "--dtype",
+    default="float16",
+    help="to store, float16 or float32 (default: %(default)s)",
+  )
+
+
+def _size(text: str) -> tuple[int, int]:
+  match = re.fullmatch(r"(\d+)x(\d+)", text)
+  if match is None:
+    raise argparse.ArgumentTypeError(
+      f"must be HEIGHTxWIDTH, such as 480x832; got {text!r}"
+    )
+  return int(match[1]), int(match[2])
 
 
 def _pattern(text: str) -> ChunkPattern:

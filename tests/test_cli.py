@@ -60,7 +60,10 @@ def run(*words):
 
 @pytest.mark.parametrize(
   "command",
-  ["train", "sample", "evaluate", "export", "convert", "print-config"],
+  [
+    *("train", "sample", "evaluate", "export", "convert", "encode"),
+    "print-config",
+  ],
 )
 def test_help_shows_examples(command, capsys):
   run(command, "--help")
