@@ -49,9 +49,10 @@ class _Storage(NamedTuple):
 class _Unpickler(pickle.Unpickler):
   """Builds containers and `LazyTensor`s, and refuses everything else."""
 
-  def __init__(self, file: Any, path: Any, folder: str, source: Any):
+  def __init__(self, file: Any, path: Any, folder: str, source: Any = None):
     super().__init__(file)
-    self._path, self._folder, self._source = path, folder, source
+    self._path, self._folder = path, folder
+    self._source = path if source is None else source
 
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in _DTYPES:
