@@ -76,6 +76,19 @@ A folder holds videos, each with its caption beside it (a.mp4, a.txt) or in a
 .csv or .jsonl with `video` and `caption`. Tar shards hold KEY.latent.pt,
 KEY.embed.pt and KEY.prompt.txt. The dataset's folder, which is printed, goes
 into a config: data=dict(name="wan_latents", folder=..., batch_size=...).""",
+  "vbench-clips": """examples:
+  crcm vbench-clips runs/wan/self_forcing VBench_full_info.json --out vbench
+  crcm vbench-clips SOURCE prompts.txt --out vbench --rewrite longer.json
+
+Writes OUT/videos/PROMPT-0.mp4 to PROMPT-4.mp4 for each prompt,
+OUT/vbench_eval_info.json, which lists them, and OUT/run.json, which says what
+made them. The same command goes on where it was stopped. Then run the `vbench`
+tool on OUT/videos, and `crcm vbench-score` on its results.""",
+  "vbench-score": """examples:
+  crcm vbench-score vbench evaluation_results/
+
+RUN is what `crcm vbench-clips` wrote, RESULTS the `*_eval_results.json` of the
+`vbench` tool, or folders with such files. Writes RUN/vbench_scores.json.""",
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -145,19 +158,89 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
   """Generates one clip and writes it as a video."""
-  origin = _networks.load_source(
-    _of_last_stage(arguments.source), workdir=pathlib.Path()
-  )
+  make, _ = _clip_maker(arguments.source, arguments.steps, arguments.frames)
+  video = make(arguments.caption, arguments.seed)
+  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
+  print(path)
+
+
+def _clip_maker(
+  source: str, steps: int | None, frames: int | None
+) -> tuple[evaluation.MakeClip, dict[str, Any]]:
+  """Returns what makes clips of (caption, seed), and a record of it."""
+  origin = _networks.load_source(_of_last_stage(source), workdir=pathlib.Path())
   stage = _stages.stage_of(origin)
   params = _networks.adopt(
     origin, stage.model, pattern=stage.pattern, name="SOURCE"
   )
-  batch = _batch_of(stage, arguments.caption, arguments.frames)
-  latents = stage.sampler()(
-    params, jax.random.key(arguments.seed), batch, arguments.steps
+  sampler = stage.sampler()
+
+  def make(caption: str, seed: int) -> np.ndarray:
+    batch = _batch_of(stage, caption, frames)
+    latents = sampler(params, jax.random.key(seed), batch, steps)
+    (video,) = np.asarray(stage.dataset.decode(latents))
+    return video
+
+  pattern = stage.pattern
+  record = {
+    "checkpoint_sha256": _params_hash(params),
+    "stage": stage.name,
+    "pattern": None if pattern is None else dataclasses.asdict(pattern),
+    "schedule": {"steps": steps, **dataclasses.asdict(stage.sampling)},
+    "frames": frames,
+  }
+  return make, record
+
+
+def _params_hash(params: Any) -> str:
+  """Returns the SHA-256 of parameters, with their names and dtypes."""
+  total = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.asarray(leaf)
+    total.update(f"{path} {array.dtype} {array.shape}".encode())
+    total.update(np.ascontiguousarray(array).tobytes())
+  return total.hexdigest()
+
+
+def vbench_clips(arguments: argparse.Namespace) -> None:
+  """Makes the clips that the `vbench` tool scores."""
+  prompts = evaluation.read_vbench_prompts(arguments.prompts)
+  rewrite = None
+  if arguments.rewrite is not None:
+    rewrite = json.loads(pathlib.Path(arguments.rewrite).read_text())
+  make, record = _clip_maker(
+    arguments.source, arguments.steps, arguments.frames
   )
-  (video,) = np.asarray(stage.dataset.decode(latents))
-  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
+  count = len(prompts.prompts) * arguments.seeds
+  with tqdm.tqdm(total=count, desc="vbench", unit="clip") as progress:
+    info = evaluation.write_vbench_clips(
+      make,
+      prompts,
+      arguments.out,
+      record=record,
+      seeds=range(arguments.seeds),
+      fps=arguments.fps,
+      rewrite=rewrite,
+      on_clip=lambda path: progress.update(),
+    )
+  print(info)
+
+
+def vbench_score(arguments: argparse.Namespace) -> None:
+  """Computes VBench's total, quality and semantic scores of its results."""
+  folder = pathlib.Path(arguments.run_dir)
+  if not (folder / "vbench_eval_info.json").exists():
+    raise ValueError(
+      "RUN must be a finished run of `crcm vbench-clips`;"
+      f" {str(folder)!r} has no vbench_eval_info.json."
+    )
+  dimensions = evaluation.read_vbench_results(arguments.results)
+  scores = evaluation.vbench_scores(dimensions)._asdict()
+  run = json.loads((folder / "run.json").read_text())
+  path = folder / "vbench_scores.json"
+  _write_json(path, {**scores, "dimensions": dimensions, "run": run})
+  for name, score in (scores | dimensions).items():
+    print(f"{name:24}{100 * score:7.2f} %")
   print(path)
 
 
@@ -390,6 +473,8 @@ def _parser() -> argparse.ArgumentParser:
   _add_train(commands)
   _add_sample(commands)
   _add_evaluate(commands)
+  _add_vbench_clips(commands)
+  _add_vbench_score(commands)
   _add_export(commands)
   _add_convert(commands)
   _add_encode(commands)
@@ -561,6 +646,40 @@ def _add_encode(commands: Any) -> None:
     "--dtype",
     default="float16",
     help="to store, float16 or float32 (default: %(default)s)",
+  )
+
+
+def _add_vbench_clips(commands: Any) -> None:
+  command = _add(commands, "vbench-clips", vbench_clips)
+  command.add_argument("source", metavar="SOURCE", help="as of `crcm sample`")
+  command.add_argument(
+    "prompts",
+    metavar="PROMPTS",
+    help="VBench_full_info.json, or a text with a prompt a line",
+  )
+  command.add_argument("--out", required=True, help="the folder")
+  command.add_argument(
+    "--seeds", type=int, default=5, help="clips a prompt (default: %(default)s)"
+  )
+  command.add_argument(
+    "--steps", type=int, help="denoising steps a chunk; the most by default"
+  )
+  command.add_argument(
+    "--frames", type=int, help="latent frames; as many as in training"
+  )
+  command.add_argument("--fps", type=float, default=16.0, help="of the files")
+  command.add_argument(
+    "--rewrite",
+    metavar="FILE.json",
+    help="{prompt: what to give to the model instead}",
+  )
+
+
+def _add_vbench_score(commands: Any) -> None:
+  command = _add(commands, "vbench-score", vbench_score)
+  command.add_argument("run_dir", metavar="RUN", help="of `crcm vbench-clips`")
+  command.add_argument(
+    "results", nargs="+", metavar="RESULTS", help="of the `vbench` tool"
   )
 
 

@@ -62,7 +62,7 @@ def run(*words):
   "command",
   [
     *("train", "sample", "evaluate", "export", "convert", "encode"),
-    "print-config",
+    *("vbench-clips", "vbench-score", "print-config"),
   ],
 )
 def test_help_shows_examples(command, capsys):
@@ -129,6 +129,17 @@ def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
   about = json.loads(weights.with_suffix(".json").read_text())
   assert about["stage"] == "self_forcing"
   assert about["command"].startswith("crcm train --config")
+  clips = ("vbench-clips", weights, tmp_path / "prompts.txt", "--seeds", 2)
+  clips += ("--out", tmp_path / "vbench", "--steps", 2)
+  (tmp_path / "prompts.txt").write_text("seven moving left, fast\n")
+  assert run(*clips) == 0
+  assert len(list((tmp_path / "vbench" / "videos").glob("seven*.mp4"))) == 2
+  made = json.loads((tmp_path / "vbench" / "run.json").read_text())
+  assert made["schedule"]["steps"] == 2
+  assert made["pattern"] == about["pattern"]
+  assert len(made["checkpoint_sha256"]) == 64
+  assert run(*clips[:-1], 4) == 2  # another schedule
+  assert "schedule was" in capsys.readouterr().err
   assert run("sample", weights, "--out", clip, "--steps", 3) == 2
   assert "`steps` must be one of (4, 2, 1)" in capsys.readouterr().err
 
