@@ -7,19 +7,24 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from crcm_jax import data, evaluation, models, training
+from crcm_jax import (
+  _encode_command,
+  _vbench_command,
+  data,
+  evaluation,
+  models,
+  training,
+)
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _networks, _stages
 
@@ -66,29 +71,9 @@ SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
 or .pth file, the index of shards, a folder with one of these, in the original
 layout or that of diffusers; or a file of ours. What it says of itself (stage,
 chunk pattern, schedules) goes along. No code in a pickle is run.""",
-  "encode": """examples:
-  crcm encode videos/ --out data --name pets --weights Wan2.1-T2V-1.3B
-  crcm encode videos/ --captions captions.csv --out data --name pets \\
-    --weights Wan2.1-T2V-1.3B --size 480x832 --frames 81 --fps 16
-  crcm encode shards/*.tar --out data --name rcm --null-embedding null.pt
-
-A folder holds videos, each with its caption beside it (a.mp4, a.txt) or in a
-.csv or .jsonl with `video` and `caption`. Tar shards hold KEY.latent.pt,
-KEY.embed.pt and KEY.prompt.txt. The dataset's folder, which is printed, goes
-into a config: data=dict(name="wan_latents", folder=..., batch_size=...).""",
-  "vbench-clips": """examples:
-  crcm vbench-clips runs/wan/self_forcing VBench_full_info.json --out vbench
-  crcm vbench-clips SOURCE prompts.txt --out vbench --rewrite longer.json
-
-Writes OUT/videos/PROMPT-0.mp4 to PROMPT-4.mp4 for each prompt,
-OUT/vbench_eval_info.json, which lists them, and OUT/run.json, which says what
-made them. The same command goes on where it was stopped. Then run the `vbench`
-tool on OUT/videos, and `crcm vbench-score` on its results.""",
-  "vbench-score": """examples:
-  crcm vbench-score vbench evaluation_results/
-
-RUN is what `crcm vbench-clips` wrote, RESULTS the `*_eval_results.json` of the
-`vbench` tool, or folders with such files. Writes RUN/vbench_scores.json.""",
+  "encode": _encode_command.EXAMPLES,
+  "vbench-clips": _vbench_command.CLIPS_EXAMPLES,
+  "vbench-score": _vbench_command.SCORE_EXAMPLES,
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -166,8 +151,8 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _clip_maker(
   source: str, steps: int | None, frames: int | None
-) -> tuple[evaluation.MakeClip, dict[str, Any]]:
-  """Returns what makes clips of (caption, seed), and a record of it."""
+) -> tuple[evaluation.MakeClip, Callable[[], dict[str, Any]]]:
+  """Returns what makes clips of (caption, seed), and what tells how."""
   origin = _networks.load_source(_of_last_stage(source), workdir=pathlib.Path())
   stage = _stages.stage_of(origin)
   params = _networks.adopt(
@@ -181,14 +166,16 @@ def _clip_maker(
     (video,) = np.asarray(stage.dataset.decode(latents))
     return video
 
-  pattern = stage.pattern
-  record = {
-    "checkpoint_sha256": _params_hash(params),
-    "stage": stage.name,
-    "pattern": None if pattern is None else dataclasses.asdict(pattern),
-    "schedule": {"steps": steps, **dataclasses.asdict(stage.sampling)},
-    "frames": frames,
-  }
+  def record() -> dict[str, Any]:
+    pattern = stage.pattern
+    return {
+      "checkpoint_sha256": _params_hash(params),
+      "stage": stage.name,
+      "pattern": None if pattern is None else dataclasses.asdict(pattern),
+      "schedule": {"steps": steps, **dataclasses.asdict(stage.sampling)},
+      "frames": frames,
+    }
+
   return make, record
 
 
@@ -200,48 +187,6 @@ def _params_hash(params: Any) -> str:
     total.update(f"{path} {array.dtype} {array.shape}".encode())
     total.update(np.ascontiguousarray(array).tobytes())
   return total.hexdigest()
-
-
-def vbench_clips(arguments: argparse.Namespace) -> None:
-  """Makes the clips that the `vbench` tool scores."""
-  prompts = evaluation.read_vbench_prompts(arguments.prompts)
-  rewrite = None
-  if arguments.rewrite is not None:
-    rewrite = json.loads(pathlib.Path(arguments.rewrite).read_text())
-  make, record = _clip_maker(
-    arguments.source, arguments.steps, arguments.frames
-  )
-  count = len(prompts.prompts) * arguments.seeds
-  with tqdm.tqdm(total=count, desc="vbench", unit="clip") as progress:
-    info = evaluation.write_vbench_clips(
-      make,
-      prompts,
-      arguments.out,
-      record=record,
-      seeds=range(arguments.seeds),
-      fps=arguments.fps,
-      rewrite=rewrite,
-      on_clip=lambda path: progress.update(),
-    )
-  print(info)
-
-
-def vbench_score(arguments: argparse.Namespace) -> None:
-  """Computes VBench's total, quality and semantic scores of its results."""
-  folder = pathlib.Path(arguments.run_dir)
-  if not (folder / "vbench_eval_info.json").exists():
-    raise ValueError(
-      "RUN must be a finished run of `crcm vbench-clips`;"
-      f" {str(folder)!r} has no vbench_eval_info.json."
-    )
-  dimensions = evaluation.read_vbench_results(arguments.results)
-  scores = evaluation.vbench_scores(dimensions)._asdict()
-  run = json.loads((folder / "run.json").read_text())
-  path = folder / "vbench_scores.json"
-  _write_json(path, {**scores, "dimensions": dimensions, "run": run})
-  for name, score in (scores | dimensions).items():
-    print(f"{name:24}{100 * score:7.2f} %")
-  print(path)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -296,70 +241,12 @@ def convert(arguments: argparse.Namespace) -> None:
   print(out)
 
 
-def encode(arguments: argparse.Namespace) -> None:
-  """Prepares a dataset of latents from videos and captions, or tar shards."""
-  data.check_wan_latents_name(arguments.out, arguments.name)
-  sources = [pathlib.Path(source) for source in arguments.source]
-  if all(source.suffix == ".tar" for source in sources):
-    null = _null_of_shards(arguments)
-    records = data.read_latent_shards(sources)
-  elif len(sources) == 1:
-    null, records = _encoded_videos(sources[0], arguments)
-  else:
-    raise ValueError(
-      "SOURCE must be one folder of videos, or tar shards; got"
-      f" {arguments.source}."
-    )
-  folder = data.prepare_wan_latents(
-    arguments.out,
-    arguments.name,
-    records,
-    null_embedding=null,
-    max_bad=arguments.max_bad,
-    dtype=arguments.dtype,
+def vbench_clips(arguments: argparse.Namespace) -> None:
+  """Makes the clips that the `vbench` tool scores."""
+  make, record = _clip_maker(
+    arguments.source, arguments.steps, arguments.frames
   )
-  info = data.describe_wan_latents(folder)
-  _LOG.info(
-    "%d videos of latents %s, %d skipped.",
-    info.examples,
-    info.latents,
-    len(info.skipped),
-  )
-  print(folder)
-
-
-def _null_of_shards(arguments: argparse.Namespace) -> np.ndarray:
-  """Reads what stands in for a dropped caption, which shards do not hold."""
-  if arguments.null_embedding is not None:
-    return data.read_embedding(arguments.null_embedding)
-  if arguments.weights is not None:
-    embed = models.load_encoders(arguments.weights).embed
-    return embed([arguments.null_prompt])[0]
-  raise ValueError(
-    "`--null-embedding` must be a .pt or .npy of the embeddings that stand in"
-    " for a dropped caption, for the shards hold none; or let `--weights DIR`"
-    " embed `--null-prompt`."
-  )
-
-
-def _encoded_videos(
-  folder: pathlib.Path, arguments: argparse.Namespace
-) -> tuple[np.ndarray, Any]:
-  """Returns the null prompt's embedding, and videos that are yet to encode."""
-  videos = data.find_videos(folder, arguments.captions)
-  if arguments.weights is None:
-    raise ValueError(
-      "`--weights` must be the folder of a Wan 2.1 checkpoint, whose"
-      " autoencoder and text encoder are used."
-    )
-  frames, size = arguments.frames, arguments.size
-  models.WAN_VAE.latent_shape(frames, *size)
-  encoders = models.load_encoders(arguments.weights)
-  progress = tqdm.tqdm(videos, desc="encode", unit="video")
-  records = data.encode_videos(
-    progress, *encoders, frames=frames, size=size, fps=arguments.fps
-  )
-  return encoders.embed([arguments.null_prompt])[0], records
+  _vbench_command.write_clips(arguments, make, record())
 
 
 def print_config(arguments: argparse.Namespace) -> None:
@@ -473,11 +360,9 @@ def _parser() -> argparse.ArgumentParser:
   _add_train(commands)
   _add_sample(commands)
   _add_evaluate(commands)
-  _add_vbench_clips(commands)
-  _add_vbench_score(commands)
   _add_export(commands)
   _add_convert(commands)
-  _add_encode(commands)
+  _add_others(commands)
   _add_print_config(commands)
   return parser
 
@@ -600,101 +485,19 @@ def _add_convert(commands: Any) -> None:
   )
 
 
-def _add_encode(commands: Any) -> None:
-  command = _add(commands, "encode", encode)
-  command.add_argument(
-    "source", nargs="+", metavar="SOURCE", help="a folder, or *.tar"
-  )
-  command.add_argument(
-    "--out", required=True, help="the folder of datasets, made if missing"
-  )
-  command.add_argument("--name", required=True, help="of the new dataset")
-  command.add_argument(
-    "--weights", metavar="DIR", help="of Wan 2.1, original or diffusers"
-  )
-  command.add_argument(
-    "--captions", metavar="FILE", help="*.csv or *.jsonl; else NAME.txt"
-  )
-  command.add_argument(
-    "--size",
-    type=_size,
-    default=(480, 832),
-    metavar="HEIGHTxWIDTH",
-    help="videos are scaled and cropped to it (default: 480x832)",
-  )
-  command.add_argument(
-    "--frames", type=int, default=81, help="of a clip (default: %(default)s)"
-  )
-  command.add_argument(
-    "--fps", type=float, default=16.0, help="of a clip (default: %(default)s)"
-  )
-  command.add_argument(
-    "--null-prompt",
-    default="",
-    help="what stands in for a dropped caption (default: empty)",
-  )
-  command.add_argument(
-    "--null-embedding", metavar="FILE", help="its embeddings, *.pt or *.npy"
-  )
-  command.add_argument(
-    "--max-bad",
-    type=int,
-    default=10,
-    help="bad records to skip before giving up (default: %(default)s)",
-  )
-  command.add_argument(
-    "--dtype",
-    default="float16",
-    help="to store, float16 or float32 (default: %(default)s)",
-  )
-
-
-def _add_vbench_clips(commands: Any) -> None:
-  command = _add(commands, "vbench-clips", vbench_clips)
-  command.add_argument("source", metavar="SOURCE", help="as of `crcm sample`")
-  command.add_argument(
-    "prompts",
-    metavar="PROMPTS",
-    help="VBench_full_info.json, or a text with a prompt a line",
-  )
-  command.add_argument("--out", required=True, help="the folder")
-  command.add_argument(
-    "--seeds", type=int, default=5, help="clips a prompt (default: %(default)s)"
-  )
-  command.add_argument(
-    "--steps", type=int, help="denoising steps a chunk; the most by default"
-  )
-  command.add_argument(
-    "--frames", type=int, help="latent frames; as many as in training"
-  )
-  command.add_argument("--fps", type=float, default=16.0, help="of the files")
-  command.add_argument(
-    "--rewrite",
-    metavar="FILE.json",
-    help="{prompt: what to give to the model instead}",
-  )
-
-
-def _add_vbench_score(commands: Any) -> None:
-  command = _add(commands, "vbench-score", vbench_score)
-  command.add_argument("run_dir", metavar="RUN", help="of `crcm vbench-clips`")
-  command.add_argument(
-    "results", nargs="+", metavar="RESULTS", help="of the `vbench` tool"
-  )
-
-
-def _size(text: str) -> tuple[int, int]:
-  match = re.fullmatch(r"(\d+)x(\d+)", text)
-  if match is None:
-    raise argparse.ArgumentTypeError(
-      f"must be HEIGHTxWIDTH, such as 480x832; got {text!r}"
-    )
-  return int(match[1]), int(match[2])
-
-
 def _pattern(text: str) -> ChunkPattern:
   first, _, rest = text.partition(",")
   return ChunkPattern(int(first), int(rest))
+
+
+def _add_others(commands: Any) -> None:
+  """Adds the commands that have modules of their own."""
+  encode = _add(commands, "encode", _encode_command.encode)
+  _encode_command.add_arguments(encode)
+  clips = _add(commands, "vbench-clips", vbench_clips)
+  _vbench_command.add_clips_arguments(clips)
+  score = _add(commands, "vbench-score", _vbench_command.score)
+  _vbench_command.add_score_arguments(score)
 
 
 def _add_print_config(commands: Any) -> None:

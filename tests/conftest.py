@@ -1,5 +1,6 @@
 """Settings for every test: strict JAX, a shared compilation cache."""
 
+import logging
 import os
 import pathlib
 
@@ -30,6 +31,15 @@ def _strict_promotion(request):
     jax.numpy_dtype_promotion("strict" if strict else "standard"),
   ):
     yield
+
+
+@pytest.fixture
+def restore_logging():
+  """Takes back what a command does to the logger."""
+  logger = logging.getLogger("crcm_jax")
+  yield
+  logger.handlers.clear()
+  logger.propagate = True
 
 
 @pytest.fixture

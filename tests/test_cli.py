@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 
 import jax
@@ -17,6 +16,8 @@ from crcm_jax import cli, models
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "configs" / "moving_digits.py")
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 # From scratch, but bidirectional parameters start the student at once.
 SHORT = f"""
@@ -36,14 +37,6 @@ def get_config():
     config.evaluation.num_examples = 1
   return config
 """
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-  logger = logging.getLogger("crcm_jax")
-  yield
-  logger.handlers.clear()
-  logger.propagate = True
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def prepare_wan_latents(
   folder = check_wan_latents_name(data_dir, name)
   if dtype not in ("float16", "float32"):
     raise ValueError(f"`dtype` must be float16 or float32; got {dtype!r}.")
-  records, first = _peek(records)
+  records, first = _peek(records, max_bad)
   if null_embedding.shape != first.embedding.shape:
     raise ValueError(
       "`null_embedding` must have the shape of the captions' embeddings,"
@@ -108,7 +108,7 @@ def check_wan_latents_name(
 
 
 def _peek(
-  records: Iterable[LatentExample | BadRecord],
+  records: Iterable[LatentExample | BadRecord], max_bad: int
 ) -> tuple[Iterable[LatentExample | BadRecord], LatentExample]:
   """Returns the records again, and the first whole one."""
   source, seen = iter(records), []
@@ -116,10 +116,12 @@ def _peek(
     seen.append(record)
     if isinstance(record, LatentExample):
       return itertools.chain(seen, source), record
+    if len(seen) > max_bad:
+      break
   reasons = "; ".join(f"{bad.key} {bad.reason}" for bad in seen)
   raise ValueError(
-    "`records` must hold a whole one; "
-    + (f"all {len(seen)} are bad: {reasons}." if seen else "it is empty.")
+    "`records` must hold whole ones; "
+    + (f"the first {len(seen)} are bad: {reasons}." if seen else "got none.")
   )
 
 

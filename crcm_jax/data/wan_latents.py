@@ -120,9 +120,10 @@ def _problem(
 def _skip(
   key: str, problem: str, skipped: dict[str, str], max_bad: int
 ) -> None:
-  # TFDS keeps metadata as JSON; a shard can be cut off under a name once.
-  skipped[key if key not in skipped else f"{key} ({len(skipped)})"] = problem
-  _LOG.warning("Skipped: %s %s.", key, problem)
+  if key in skipped:  # several records of one name
+    key = f"{key} ({len(skipped)})"
+  skipped[key] = problem.rstrip(".")
+  _LOG.warning("Skipped: %s %s", key, skipped[key])
   if len(skipped) > max_bad:
     raise ValueError(
       f"`max_bad` must allow for the bad records; it is {max_bad}, and there"

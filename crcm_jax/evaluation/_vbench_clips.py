@@ -159,8 +159,10 @@ def write_vbench_clips(
     The path of `vbench_eval_info.json`, which lists all clips.
 
   Raises:
-    ValueError: if `out` holds clips of another record.
+    ValueError: if `out` holds clips of another record, or `seeds` is empty.
   """
+  if not seeds:
+    raise ValueError("`seeds` must hold at least one; VBench wants five.")
   out, rewrite = pathlib.Path(out), dict(rewrite or {})
   record = {
     **record,

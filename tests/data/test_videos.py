@@ -14,6 +14,7 @@ from crcm_jax import cli, data, evaluation, models
 from crcm_jax.data import BadRecord, LatentExample
 from crcm_jax.models import _encoders, _torch
 
+pytestmark = pytest.mark.usefixtures("restore_logging")
 pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("tensorflow_datasets")
 
@@ -158,7 +159,7 @@ def test_a_folder_from_the_command_line(
   assert info.skipped.keys() == {
     "cut.mp4", "short.mp4", "silent.mp4", "web.mp4"
   }  # fmt: skip
-  assert "Skipped: silent.mp4 has no caption." in shown.err
+  assert "Skipped: silent.mp4 has no caption\n" in shown.err
   batch = next(data.wan_latents_batches(where, batch_size=2))
   assert np.isfinite(batch.x_0).all()
   assert batch.x_0.std() > 0

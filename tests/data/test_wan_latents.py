@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import logging
 import re
@@ -225,10 +226,13 @@ def test_too_many_bad_records_leave_nothing_behind(tmp_path):
 
 
 def test_bad_arguments_say_what_is_wrong(tmp_path, folder):
-  with pytest.raises(ValueError, match="it is empty"):
+  with pytest.raises(ValueError, match="whole ones; got none"):
     prepare(tmp_path, [])
-  with pytest.raises(ValueError, match="all 1 are bad: b0 is cut off"):
+  with pytest.raises(ValueError, match="the first 1 are bad: b0 is cut off"):
     prepare(tmp_path, BAD[:1])
+  endless = (BadRecord(str(i), "is bad") for i in itertools.count())
+  with pytest.raises(ValueError, match="the first 3 are bad"):
+    prepare(tmp_path, endless, max_bad=2)
   with pytest.raises(ValueError, match=r"`name` must consist.*'a/b'"):
     prepare(tmp_path, [example(0)], name="a/b")
   with pytest.raises(ValueError, match="`dtype` must be float16 or"):

@@ -8,6 +8,8 @@ import pytest
 from crcm_jax import cli, evaluation
 from crcm_jax.evaluation import _vbench
 
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
 # HunyuanVideo on VBench's leaderboard, in percent, in the order of
 # VBENCH_DIMENSIONS: https://huggingface.co/spaces/Vchitect/VBench_Leaderboard.
 # Its total and its dynamic degree are also quoted in
@@ -148,6 +150,8 @@ def test_clips_for_vbench_are_resumed(tmp_path, prompts):
   assert run["seeds"] == [0, 1, 2, 3, 4]
   assert run["pattern"] == [1, 3]
 
+  with pytest.raises(ValueError, match="`seeds` must hold at least one"):
+    write(Maker(), seeds=())
   third = Maker()
   write(third)
   assert third.calls == []
