@@ -1,9 +1,11 @@
 """`crcm encode`: videos and captions, or tar shards, into a dataset."""
 
 import argparse
+import hashlib
 import logging
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ EXAMPLES = """examples:
 A folder holds videos, each with its caption beside it (a.mp4, a.txt) or in a
 .csv or .jsonl with `video` and `caption`. Tar shards hold KEY.latent.pt,
 KEY.embed.pt and KEY.prompt.txt. The dataset's folder, which is printed, goes
-into a config: data=dict(name="wan_latents", folder=..., batch_size=...)."""
+into a config: data=dict(name="wan_latents", folder=..., batch_size=...). The
+same command goes on where the encoding of videos was stopped."""
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -47,6 +50,7 @@ def encode(arguments: argparse.Namespace) -> None:
     max_bad=arguments.max_bad,
     dtype=arguments.dtype,
   )
+  shutil.rmtree(_kept_folder(arguments), ignore_errors=True)
   info = data.describe_wan_latents(folder)
   _LOG.info(
     "%d videos of latents %s, %d skipped.",
@@ -86,9 +90,25 @@ def _encoded_videos(
   encoders = models.load_encoders(arguments.weights)
   progress = tqdm.tqdm(videos, desc="encode", unit="video")
   records = data.encode_videos(
-    progress, *encoders, frames=frames, size=size, fps=arguments.fps
+    progress,
+    *encoders,
+    frames=frames,
+    size=size,
+    fps=arguments.fps,
+    keep=_kept_folder(arguments) / _name_of(arguments.weights),
   )
   return encoders.embed([arguments.null_prompt])[0], records
+
+
+def _kept_folder(arguments: argparse.Namespace) -> pathlib.Path:
+  """Where encoded videos lie until all are."""
+  return pathlib.Path(arguments.out, "wan_latents", f".{arguments.name}.part")
+
+
+def _name_of(weights: str) -> str:
+  """Names a folder after the encoders."""
+  path = str(pathlib.Path(weights).absolute())
+  return hashlib.sha256(path.encode()).hexdigest()[:16]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,18 +1,21 @@
 """Folders of videos with captions, decoded and handed to encoders."""
 
 import csv
+import hashlib
 import json
 import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 
 from crcm_jax._extras import require
 from crcm_jax.data._records import BadRecord, LatentExample, Records
+
+_Encoded: TypeAlias = tuple[np.ndarray, np.ndarray]  # latents, embedding
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 """Of the files that are taken for videos."""
@@ -154,6 +157,7 @@ def encode_videos(
   frames: int = 81,
   size: tuple[int, int] = (480, 832),
   fps: float = 16.0,
+  keep: str | os.PathLike[str] | None = None,
 ) -> Records:
   """Encodes videos and captions, one at a time.
 
@@ -164,6 +168,8 @@ def encode_videos(
     frames: frames of a clip.
     size: height and width of a clip.
     fps: frames a second.
+    keep: a folder, one for each pair of encoders, that keeps what is encoded:
+      a run that was broken off goes on there. Remove it when all is done.
 
   Returns:
     An iterator over `LatentExample`, and `BadRecord` where there is no caption
@@ -173,13 +179,48 @@ def encode_videos(
     if not video.caption:
       yield BadRecord(video.key, "has no caption")
       continue
-    try:
-      pixels = read_video(video.path, frames=frames, size=size, fps=fps)
-    except ValueError as error:
-      yield BadRecord(video.key, f"cannot be decoded: {error}")
-      continue
-    (latents,) = encode(pixels[None].astype(np.float32) / 127.5 - 1)
-    (embedding,) = embed([video.caption])
-    yield LatentExample(
-      video.key, np.asarray(latents), np.asarray(embedding), video.caption
-    )
+    path = None
+    if keep is not None:
+      path = _kept_path(pathlib.Path(keep), video, (frames, *size, fps))
+    if (arrays := _read_kept(path)) is None:
+      try:
+        pixels = read_video(video.path, frames=frames, size=size, fps=fps)
+      except ValueError as error:
+        yield BadRecord(video.key, f"cannot be decoded: {error}")
+        continue
+      (latents,) = encode(pixels[None].astype(np.float32) / 127.5 - 1)
+      (embedding,) = embed([video.caption])
+      arrays = np.asarray(latents), np.asarray(embedding)
+      _write_kept(path, arrays)
+    yield LatentExample(video.key, *arrays, video.caption)
+
+
+def _kept_path(
+  keep: pathlib.Path, video: VideoFile, settings: tuple[int | float, ...]
+) -> pathlib.Path:
+  """Names a file after all that its content depends on but the encoders."""
+  try:
+    stat = video.path.stat()
+    age = (stat.st_size, stat.st_mtime_ns)
+  except OSError:  # whoever reads it will say so
+    age = None
+  text = json.dumps([video.key, video.caption, age, settings])
+  return keep / f"{hashlib.sha256(text.encode()).hexdigest()}.npz"
+
+
+def _read_kept(path: pathlib.Path | None) -> _Encoded | None:
+  if path is None or not path.exists():
+    return None
+  with np.load(path) as file:
+    return file["latents"], file["embedding"]
+
+
+def _write_kept(path: pathlib.Path | None, arrays: _Encoded) -> None:
+  """Writes all of a file, or nothing."""
+  if path is None:
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(f".{os.getpid()}.part")
+  with part.open("wb") as file:
+    np.savez(file, latents=arrays[0], embedding=arrays[1])
+  os.replace(part, path)

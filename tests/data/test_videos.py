@@ -116,6 +116,36 @@ def test_videos_become_records_and_bad_ones_are_named(folder):
     assert re.search(reason, bad.reason), bad
 
 
+def test_what_was_encoded_is_not_encoded_again(folder, tmp_path):
+  calls = []
+
+  def encode(video):
+    calls.append(1)
+    return video[:, :, ::8, ::8]
+
+  embed = lambda captions: np.ones((len(captions), 2, 3), np.float32)
+
+  def run(**changes):
+    settings = SIZE | dict(keep=tmp_path / "keep") | changes
+    records = data.encode_videos(
+      data.find_videos(folder), encode, embed, **settings
+    )
+    return {r.key: r for r in records if isinstance(r, LatentExample)}
+
+  first, second = run(), run()
+  assert len(calls) == 2
+  assert first.keys() == second.keys() == {"a.mp4", "b/b.mp4"}
+  for key, record in first.items():
+    np.testing.assert_array_equal(record.latents, second[key].latents)
+    np.testing.assert_array_equal(record.embedding, second[key].embedding)
+    assert record.caption == second[key].caption
+  run(fps=4.0)  # another setting, another clip
+  assert len(calls) == 4
+  assert run(frames=3).keys() == first.keys() | {"short.mp4"}
+  assert len(calls) == 7
+  assert not list((tmp_path / "keep").glob("*.part"))
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
   """The encoders of a tiny Wan, under the original's names."""
@@ -152,6 +182,7 @@ def test_a_folder_from_the_command_line(
   shown = capsys.readouterr()
   where = shown.out.strip()
   assert where == str(tmp_path / "wan_latents" / "mine" / "1.0.0")
+  assert [p.name for p in (tmp_path / "wan_latents").iterdir()] == ["mine"]
   info = data.describe_wan_latents(where)
   assert info.examples == 2
   assert info.latents == (3, 8, 12, 16)
