@@ -34,7 +34,9 @@ def encode(arguments: argparse.Namespace) -> None:
   sources = [pathlib.Path(source) for source in arguments.source]
   if all(source.suffix == ".tar" for source in sources):
     null = _null_of_shards(arguments)
-    records = data.read_latent_shards(sources)
+    records = data.read_latent_shards(
+      tqdm.tqdm(sources, desc="encode", unit="shard")
+    )
   elif len(sources) == 1:
     null, records = _encoded_videos(sources[0], arguments)
   else:

@@ -42,7 +42,7 @@ def write_clips(
   prompts = evaluation.read_vbench_prompts(arguments.prompts)
   rewrite = None
   if arguments.rewrite is not None:
-    rewrite = json.loads(pathlib.Path(arguments.rewrite).read_text())
+    rewrite = evaluation.read_rewrite(arguments.rewrite)
   count = len(prompts.prompts) * arguments.seeds
   with tqdm.tqdm(total=count, desc="vbench", unit="clip") as progress:
     info = evaluation.write_vbench_clips(

@@ -28,7 +28,7 @@ class VideoFile(NamedTuple):
   """Its path within the folder."""
   path: pathlib.Path
   caption: str
-  """Empty if there is none."""
+  """Empty if there is none that can be read."""
 
 
 def find_videos(
@@ -56,7 +56,7 @@ def find_videos(
       f"`folder` must be a folder of videos; there is no {folder}."
     )
   if captions is None:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if _is_video(path))
     said = ((path, _caption_beside(path)) for path in paths)
   else:
     rows = _read_captions(pathlib.Path(captions))
@@ -72,14 +72,21 @@ def find_videos(
   return found
 
 
+def _is_video(path: pathlib.Path) -> bool:
+  hidden = path.name.startswith(".")
+  return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
 def _caption_beside(path: pathlib.Path) -> str:
-  text = path.with_suffix(".txt")
-  return text.read_text() if text.is_file() else ""
+  try:
+    return path.with_suffix(".txt").read_text(encoding="utf-8")
+  except (FileNotFoundError, UnicodeDecodeError):
+    return ""
 
 
 def _read_captions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
   """Yields (video, caption) of each line."""
-  with path.open(newline="") as file:
+  with path.open(newline="", encoding="utf-8") as file:
     rows = csv.DictReader(file) if path.suffix == ".csv" else _json_rows(file)
     for number, row in enumerate(rows, start=1):
       video, caption = row.get("video"), row.get("caption")
@@ -177,7 +184,7 @@ def encode_videos(
   """
   for video in videos:
     if not video.caption:
-      yield BadRecord(video.key, "has no caption")
+      yield BadRecord(video.key, "has no caption in UTF-8")
       continue
     path = None
     if keep is not None:

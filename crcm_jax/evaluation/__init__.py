@@ -27,6 +27,7 @@ from crcm_jax.evaluation._vbench import vbench_scores as vbench_scores
 from crcm_jax.evaluation._vbench import VBenchScores as VBenchScores
 from crcm_jax.evaluation._vbench_clips import MakeClip as MakeClip
 from crcm_jax.evaluation._vbench_clips import PromptFile as PromptFile
+from crcm_jax.evaluation._vbench_clips import read_rewrite as read_rewrite
 from crcm_jax.evaluation._vbench_clips import (
   read_vbench_prompts as read_vbench_prompts,
 )

@@ -129,6 +129,28 @@ def _check_prompt(prompt: Any, path: pathlib.Path) -> None:
   )
 
 
+def read_rewrite(path: str | os.PathLike[str]) -> dict[str, str]:
+  """Reads other wordings of prompts.
+
+  Args:
+    path: a JSON object, {prompt: what to give to the model instead}.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  try:
+    rewrite = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except ValueError:
+    rewrite = None
+  if not isinstance(rewrite, dict) or not all(
+    isinstance(text, str) and text for text in rewrite.values()
+  ):
+    raise ValueError(
+      f"`path` must hold an object {{prompt: text}}; {path} does not."
+    )
+  return rewrite
+
+
 def write_vbench_clips(
   make: MakeClip,
   prompts: PromptFile,
@@ -159,7 +181,8 @@ def write_vbench_clips(
     The path of `vbench_eval_info.json`, which lists all clips.
 
   Raises:
-    ValueError: if `out` holds clips of another record, or `seeds` is empty.
+    ValueError: if `out` holds clips of another record, `seeds` is empty, or
+      `rewrite` rewords what is no prompt.
   """
   if not seeds:
     raise ValueError("`seeds` must hold at least one; VBench wants five.")
@@ -170,6 +193,10 @@ def write_vbench_clips(
     "seeds": list(seeds),
     "fps": fps,
   }
+  if unknown := sorted(rewrite.keys() - set(prompts.prompts)):
+    raise ValueError(
+      f"`rewrite` must reword prompts of the file; {unknown[:3]} are none."
+    )
   if rewrite:
     text = json.dumps(rewrite, sort_keys=True)
     record["rewrite_sha256"] = hashlib.sha256(text.encode()).hexdigest()

@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
   for name in ("a", "b/b", "short", "web", "cut"):
     (folder / f"{name}.txt").write_text(f"shows {name}\n")
   (folder / "notes.txt").write_text("no video")
+  (folder / "silent.txt").write_bytes(b"\xff\xfe")
+  (folder / "._a.mp4").write_bytes(b"what some systems leave behind")
   return folder
 
 
@@ -107,7 +109,7 @@ def test_videos_become_records_and_bad_ones_are_named(folder):
   assert seen[0][0] < -0.9
   assert {shape for _, _, shape in seen} == {(1, 5, 16, 24, 3)}
   reasons = dict(
-    silent="has no caption", short="at least 5 frames.* has 3",
+    silent="has no caption in UTF-8", short="at least 5 frames.* has 3",
     web="has 0; ffmpeg says: .*Invalid data", cut="has 0; ffmpeg says",
   )  # fmt: skip
   for key, reason in reasons.items():
@@ -190,7 +192,7 @@ def test_a_folder_from_the_command_line(
   assert info.skipped.keys() == {
     "cut.mp4", "short.mp4", "silent.mp4", "web.mp4"
   }  # fmt: skip
-  assert "Skipped: silent.mp4 has no caption\n" in shown.err
+  assert "Skipped: silent.mp4 has no caption in UTF-8\n" in shown.err
   batch = next(data.wan_latents_batches(where, batch_size=2))
   assert np.isfinite(batch.x_0).all()
   assert batch.x_0.std() > 0

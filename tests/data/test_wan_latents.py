@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import pathlib
 import re
 
 import jax
@@ -22,6 +23,7 @@ from crcm_jax.training import _data, Alternation, objectives
 
 pytest.importorskip("tensorflow_datasets")
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 SHAPE = (3, 4, 4, 4)  # [f, h, w, c] of tiny_wan
 TEXT = (3, 6)
 NULL = np.full(TEXT, 0.5, np.float32)
@@ -135,7 +137,7 @@ def test_a_broken_member_is_named(tmp_path, part, raw, reason):
 
 
 def test_code_in_a_member_is_refused(tmp_path):
-  with np.load("tests/golden/wan_torch_file.npz") as file:
+  with np.load(GOLDEN / "wan_torch_file.npz") as file:
     raw = file["file_with_code"].tobytes()
   some = members(0) | {"000000.latent.pt": raw}
   (bad,) = read(torch_files.write_tar(tmp_path / "s.tar", some))

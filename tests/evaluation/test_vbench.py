@@ -162,15 +162,24 @@ def test_clips_for_vbench_are_resumed(tmp_path, prompts):
 
 def test_prompts_may_be_reworded(tmp_path, prompts):
   pytest.importorskip("imageio_ffmpeg")
-  make = Maker()
-  evaluation.write_vbench_clips(
+  make, path = Maker(), tmp_path / "rewrite.json"
+  write = lambda: evaluation.write_vbench_clips(
     make,
     prompts,
     tmp_path / "out",
     record={},
     seeds=(7,),
-    rewrite={"a red cat": "a red cat, at night"},
+    rewrite=evaluation.read_rewrite(path),
   )
+  path.write_text('{"a red dog": "a dog"}')
+  with pytest.raises(ValueError, match=r"\['a red dog'\] are none"):
+    write()
+  for wrong in ("[]", '{"a red cat": ""}', "<html>"):
+    path.write_text(wrong)
+    with pytest.raises(ValueError, match="must hold an object"):
+      write()
+  path.write_text('{"a red cat": "a red cat, at night"}')
+  write()
   assert make.calls == [("a person", 7), ("a red cat, at night", 7)]
   assert (tmp_path / "out" / "videos" / "a red cat-0.mp4").exists()
 
