@@ -10,6 +10,7 @@ Nothing is unpacked to disk, and no code in a pickle is run.
 """
 
 import io
+import math
 import os
 import pathlib
 import tarfile
@@ -140,5 +141,7 @@ def _tensor(raw: bytes, name: str, rank: int) -> np.ndarray:
   extra = len(tensor.shape) - rank
   if extra < 0 or any(size != 1 for size in tensor.shape[:extra]):
     raise ValueError(f"{name} must have {rank} axes; it has {tensor.shape}")
+  if math.prod(tensor.shape) * tensor.dtype.itemsize > len(raw):
+    raise ValueError(f"{name} must hold the numbers of {tensor.shape}")
   # NumPy has no bfloat16 that every routine knows.
   return tensor.read().astype(np.float32).reshape(tensor.shape[extra:])

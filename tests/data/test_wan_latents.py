@@ -118,6 +118,11 @@ def test_a_record_without_a_member_is_named(tmp_path):
     ("embed.pt", b"", "cannot be read.*000000.embed.pt"),
     ("prompt.txt", b"\xff\xff", "cannot be read.*utf-8"),
     (
+      "embed.pt",
+      torch_files.repeated_torch_bytes((10**6, 10**6)),
+      r"must hold the numbers of \(1000000, 1000000\)",
+    ),
+    (
       "latent.pt",
       torch_files.torch_bytes(np.zeros((3, 4, 4, 4, 4), np.float32)),
       r"must have 4 axes; it has \(3, 4, 4, 4, 4\)",
