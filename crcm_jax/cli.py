@@ -1,4 +1,4 @@
-"""The command `crcm`: train, sample, evaluate, export, convert, and so on."""
+"""The command `crcm`: train, sample, evaluate, encode, convert, and so on."""
 
 import argparse
 import dataclasses
@@ -10,14 +10,21 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import data, evaluation, models, training
+from crcm_jax import (
+  _encode_command,
+  _vbench_command,
+  data,
+  evaluation,
+  models,
+  training,
+)
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _networks, _stages
 
@@ -64,6 +71,9 @@ SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
 or .pth file, the index of shards, a folder with one of these, in the original
 layout or that of diffusers; or a file of ours. What it says of itself (stage,
 chunk pattern, schedules) goes along. No code in a pickle is run.""",
+  "encode": _encode_command.EXAMPLES,
+  "vbench-clips": _vbench_command.CLIPS_EXAMPLES,
+  "vbench-score": _vbench_command.SCORE_EXAMPLES,
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -133,20 +143,50 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
   """Generates one clip and writes it as a video."""
-  origin = _networks.load_source(
-    _of_last_stage(arguments.source), workdir=pathlib.Path()
-  )
+  make, _ = _clip_maker(arguments.source, arguments.steps, arguments.frames)
+  video = make(arguments.caption, arguments.seed)
+  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
+  print(path)
+
+
+def _clip_maker(
+  source: str, steps: int | None, frames: int | None
+) -> tuple[evaluation.MakeClip, Callable[[], dict[str, Any]]]:
+  """Returns what makes clips of (caption, seed), and what tells how."""
+  origin = _networks.load_source(_of_last_stage(source), workdir=pathlib.Path())
   stage = _stages.stage_of(origin)
   params = _networks.adopt(
     origin, stage.model, pattern=stage.pattern, name="SOURCE"
   )
-  batch = _batch_of(stage, arguments.caption, arguments.frames)
-  latents = stage.sampler()(
-    params, jax.random.key(arguments.seed), batch, arguments.steps
-  )
-  (video,) = np.asarray(stage.dataset.decode(latents))
-  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
-  print(path)
+  sampler = stage.sampler()
+
+  def make(caption: str, seed: int) -> np.ndarray:
+    batch = _batch_of(stage, caption, frames)
+    latents = sampler(params, jax.random.key(seed), batch, steps)
+    (video,) = np.asarray(stage.dataset.decode(latents))
+    return video
+
+  def record() -> dict[str, Any]:
+    pattern = stage.pattern
+    return {
+      "checkpoint_sha256": _params_hash(params),
+      "stage": stage.name,
+      "pattern": None if pattern is None else dataclasses.asdict(pattern),
+      "schedule": {"steps": steps, **dataclasses.asdict(stage.sampling)},
+      "frames": frames,
+    }
+
+  return make, record
+
+
+def _params_hash(params: Any) -> str:
+  """Returns the SHA-256 of parameters, with their names and dtypes."""
+  total = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.asarray(leaf)
+    total.update(f"{path} {array.dtype} {array.shape}".encode())
+    total.update(np.ascontiguousarray(array).tobytes())
+  return total.hexdigest()
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -199,6 +239,14 @@ def convert(arguments: argparse.Namespace) -> None:
     force=arguments.force,
   )
   print(out)
+
+
+def vbench_clips(arguments: argparse.Namespace) -> None:
+  """Makes the clips that the `vbench` tool scores."""
+  make, record = _clip_maker(
+    arguments.source, arguments.steps, arguments.frames
+  )
+  _vbench_command.write_clips(arguments, make, record())
 
 
 def print_config(arguments: argparse.Namespace) -> None:
@@ -314,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_evaluate(commands)
   _add_export(commands)
   _add_convert(commands)
+  _add_others(commands)
   _add_print_config(commands)
   return parser
 
@@ -439,6 +488,16 @@ def _add_convert(commands: Any) -> None:
 def _pattern(text: str) -> ChunkPattern:
   first, _, rest = text.partition(",")
   return ChunkPattern(int(first), int(rest))
+
+
+def _add_others(commands: Any) -> None:
+  """Adds the commands that have modules of their own."""
+  encode = _add(commands, "encode", _encode_command.encode)
+  _encode_command.add_arguments(encode)
+  clips = _add(commands, "vbench-clips", vbench_clips)
+  _vbench_command.add_clips_arguments(clips)
+  score = _add(commands, "vbench-score", _vbench_command.score)
+  _vbench_command.add_score_arguments(score)
 
 
 def _add_print_config(commands: Any) -> None:

@@ -1,5 +1,6 @@
 """Settings for every test: strict JAX, a shared compilation cache."""
 
+import logging
 import os
 import pathlib
 
@@ -37,6 +38,15 @@ def precision(request):
   """Runs a test with x64, and without it (slow)."""
   with jax.enable_x64(request.param == "x64"):
     yield request.param
+
+
+@pytest.fixture
+def restore_logging():
+  """Takes back what a command does to the logger."""
+  logger = logging.getLogger("crcm_jax")
+  yield
+  logger.handlers.clear()
+  logger.propagate = True
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 
 import jax
@@ -17,6 +16,8 @@ from crcm_jax import cli, models
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "configs" / "moving_digits.py")
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 # From scratch, but bidirectional parameters start the student at once.
 SHORT = f"""
@@ -38,14 +39,6 @@ def get_config():
 """
 
 
-@pytest.fixture(autouse=True)
-def _restore_logging():
-  logger = logging.getLogger("crcm_jax")
-  yield
-  logger.handlers.clear()
-  logger.propagate = True
-
-
 @pytest.fixture
 def _compile_fast():
   with tiny.compile_fast():
@@ -60,7 +53,10 @@ def run(*words):
 
 @pytest.mark.parametrize(
   "command",
-  ["train", "sample", "evaluate", "export", "convert", "print-config"],
+  [
+    *("train", "sample", "evaluate", "export", "convert", "encode"),
+    *("vbench-clips", "vbench-score", "print-config"),
+  ],
 )
 def test_help_shows_examples(command, capsys):
   run(command, "--help")
@@ -126,6 +122,17 @@ def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
   about = json.loads(weights.with_suffix(".json").read_text())
   assert about["stage"] == "self_forcing"
   assert about["command"].startswith("crcm train --config")
+  clips = ("vbench-clips", weights, tmp_path / "prompts.txt", "--seeds", 2)
+  clips += ("--out", tmp_path / "vbench", "--steps", 2)
+  (tmp_path / "prompts.txt").write_text("seven moving left, fast\n")
+  assert run(*clips) == 0
+  assert len(list((tmp_path / "vbench" / "videos").glob("seven*.mp4"))) == 2
+  made = json.loads((tmp_path / "vbench" / "run.json").read_text())
+  assert made["schedule"]["steps"] == 2
+  assert made["pattern"] == about["pattern"]
+  assert len(made["checkpoint_sha256"]) == 64
+  assert run(*clips[:-1], 4) == 2  # another schedule
+  assert "schedule was" in capsys.readouterr().err
   assert run("sample", weights, "--out", clip, "--steps", 3) == 2
   assert "`steps` must be one of (4, 2, 1)" in capsys.readouterr().err
 

@@ -96,14 +96,36 @@ def moving_digits_batches(
     ValueError: if `batch_size` does not divide among the processes, there are
       too few clips for a batch, or the clips have fewer than `frames` frames.
   """
-  _check_processes(batch_size, process_index, process_count)
+  check_processes(batch_size, process_index, process_count)
   clips = _read_clips(builder, split, frames).map(_encode)
   if in_memory:
     clips = require("grain", extra="data").MapDataset.source(list(clips))
+  return batches(
+    clips,
+    batch_size=batch_size,
+    seed=seed,
+    shuffle=shuffle,
+    epochs=epochs,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def batches(
+  examples: Any,
+  *,
+  batch_size: int,
+  seed: int,
+  shuffle: bool,
+  epochs: int | None,
+  process_index: int,
+  process_count: int,
+) -> BatchIterator:
+  """Iterates over a process's share of a Grain dataset of `Batch`es of one."""
   if shuffle:
-    clips = clips.shuffle(seed=seed)
-  stop = len(clips) // process_count * process_count
-  share = clips[process_index:stop:process_count].repeat(epochs)
+    examples = examples.shuffle(seed=seed)
+  stop = len(examples) // process_count * process_count
+  share = examples[process_index:stop:process_count].repeat(epochs)
   return _iterate(share, batch_size // process_count, _stack)
 
 
@@ -129,7 +151,8 @@ def labelled_moving_digits(
   return _iterate(clips, batch_size, _labelled_batch)
 
 
-def _check_processes(batch_size: int, index: int, count: int) -> None:
+def check_processes(batch_size: int, index: int, count: int) -> None:
+  """Raises a ValueError if a batch does not divide among the processes."""
   if not 0 <= index < count:
     raise ValueError(
       f"`process_index` must lie in [0, {count}), `process_count` being"

@@ -19,5 +19,20 @@ from crcm_jax.evaluation._report import write_report as write_report
 from crcm_jax.evaluation._results import METRICS as METRICS
 from crcm_jax.evaluation._results import REAL as REAL
 from crcm_jax.evaluation._results import Results as Results
+from crcm_jax.evaluation._vbench import (
+  read_vbench_results as read_vbench_results,
+)
+from crcm_jax.evaluation._vbench import VBENCH_DIMENSIONS as VBENCH_DIMENSIONS
+from crcm_jax.evaluation._vbench import vbench_scores as vbench_scores
+from crcm_jax.evaluation._vbench import VBenchScores as VBenchScores
+from crcm_jax.evaluation._vbench_clips import MakeClip as MakeClip
+from crcm_jax.evaluation._vbench_clips import PromptFile as PromptFile
+from crcm_jax.evaluation._vbench_clips import read_rewrite as read_rewrite
+from crcm_jax.evaluation._vbench_clips import (
+  read_vbench_prompts as read_vbench_prompts,
+)
+from crcm_jax.evaluation._vbench_clips import (
+  write_vbench_clips as write_vbench_clips,
+)
 from crcm_jax.evaluation._video import encode_video as encode_video
 from crcm_jax.evaluation._video import write_video as write_video

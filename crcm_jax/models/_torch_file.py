@@ -7,6 +7,7 @@ finds those few names and nothing else, each bound to a harmless stand-in.
 """
 
 import collections
+import io
 import math
 import pathlib
 import pickle
@@ -48,9 +49,10 @@ class _Storage(NamedTuple):
 class _Unpickler(pickle.Unpickler):
   """Builds containers and `LazyTensor`s, and refuses everything else."""
 
-  def __init__(self, file: Any, path: pathlib.Path, folder: str):
+  def __init__(self, file: Any, path: Any, folder: str, source: Any = None):
     super().__init__(file)
     self._path, self._folder = path, folder
+    self._source = path if source is None else source
 
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in _DTYPES:
@@ -92,13 +94,14 @@ class _Unpickler(pickle.Unpickler):
       raise pickle.UnpicklingError(f"a tensor {shape} exceeds its storage")
 
     def read() -> np.ndarray:
-      return _read(self._path, storage, offset, shape, stride)
+      return _read(self._path, self._source, storage, offset, shape, stride)
 
     return LazyTensor(shape, storage.dtype, read)
 
 
 def _read(
-  path: pathlib.Path,
+  path: Any,
+  source: Any,
   storage: _Storage,
   offset: int,
   shape: tuple[int, ...],
@@ -106,7 +109,7 @@ def _read(
 ) -> np.ndarray:
   """Reads one tensor; the archive's checksum covers it."""
   try:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(source) as archive:
       raw = archive.read(storage.record)
   except (zipfile.BadZipFile, KeyError, EOFError) as error:
     raise _broken(path, error) from error
@@ -119,22 +122,28 @@ def _read(
   )
 
 
-def open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
+def open_torch(
+  path: str | pathlib.Path, file: io.BytesIO | None = None
+) -> dict[str, LazyTensor]:
   """Lists the tensors of a file that `torch.save` wrote.
 
   Args:
     path: the file.
+    file: where it is part of another file, its bytes; `path` then only names
+      it in errors.
 
   Returns:
-    Tensors by name; where dicts are nested, names are joined by ".". What is
-    no tensor (a step, a config) is left out.
+    Tensors by name; where dicts are nested, names are joined by "."; a tensor
+    that was saved alone has the name "". What is no tensor (a step, a config)
+    is left out.
 
   Raises:
     ValueError: if the file is not whole, or its pickle asks for anything but
       tensors and containers.
   """
+  source = path if file is None else file
   try:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(source) as archive:
       pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
       if len(pickles) != 1:
         raise zipfile.BadZipFile("no data.pkl in it")
@@ -142,8 +151,8 @@ def open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
       order = f"{folder}/byteorder"
       if order in archive.namelist() and archive.read(order) != b"little":
         raise zipfile.BadZipFile("numbers are not little-endian")
-      with archive.open(pickles[0]) as file:
-        content = _Unpickler(file, path, folder).load()
+      with archive.open(pickles[0]) as stream:
+        content = _Unpickler(stream, path, folder, source).load()
   except ValueError:
     raise
   except Exception as error:  # a broken pickle can raise anything
@@ -160,7 +169,7 @@ def _flatten(name: str, content: Any):
       yield from _flatten(f"{name}.{key}" if name else str(key), value)
 
 
-def _broken(path: pathlib.Path, why: Any) -> ValueError:
+def _broken(path: Any, why: Any) -> ValueError:
   return ValueError(
     "`path` must be a whole file of `torch.save`, in its zip format of torch"
     f" 1.6 or later; {path} is not ({why}). Copy it again, or load it in torch"

@@ -168,6 +168,62 @@ class RandomLatents:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanLatents:
+  """A dataset of latents that `crcm encode` prepared.
+
+  Attributes:
+    folder: of the dataset, .../wan_latents/NAME/1.0.0.
+    batch_size: videos in a batch of all processes together.
+    frames: the first so many latent frames of each; None is for all.
+  """
+
+  folder: str
+  batch_size: int
+  frames: int | None = None
+
+  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
+    """Returns this process's batches, for ever, in an order set by `seed`."""
+    del folder
+    return data.wan_latents_batches(
+      self.folder,
+      batch_size=self.batch_size,
+      frames=self.frames,
+      seed=seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def clips(
+    self, folder: pathlib.Path, batch_size: int
+  ) -> Iterator[data.LabelledBatch]:
+    """Raises: no labels to be scored against."""
+    raise ValueError(
+      "`config.data.name` must be a dataset with held-out labelled clips to be"
+      " evaluated; `wan_latents` has none. Score its videos with VBench:"
+      " docs/evaluation.md."
+    )
+
+  def decode(self, latents: Any) -> Any:
+    """Shows the first channel of the latents; the autoencoder is not here."""
+    return latents[..., :1]
+
+  def encode(self, captions: Sequence[str]) -> np.ndarray:
+    """Raises: the text encoder is not here."""
+    raise ValueError(
+      "`wan_latents` holds embeddings of its own captions and cannot embed"
+      " others; `crcm sample --weights` can."
+    )
+
+  def shapes(self) -> Any:
+    """Returns the shapes and dtypes of a batch of all processes."""
+    info = data.describe_wan_latents(self.folder)
+    video = (self.frames or info.latents[0], *info.latents[1:])
+    return _shapes(
+      (self.batch_size, *video), (self.batch_size, *info.embedding)
+    )
+
+
 _NO_CAPTIONS = (
   "`config.data.name` must be a dataset with captions; `random_latents` is"
   " noise, to measure speed and memory with."
@@ -196,7 +252,11 @@ class _Noise:
     self._position = state["position"]
 
 
-DATASETS = {"moving_digits": MovingDigits, "random_latents": RandomLatents}
+DATASETS = {
+  "moving_digits": MovingDigits,
+  "random_latents": RandomLatents,
+  "wan_latents": WanLatents,
+}
 """The datasets by the names that configs give them."""
 
 
