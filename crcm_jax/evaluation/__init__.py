@@ -21,3 +21,4 @@ from crcm_jax.evaluation._results import REAL as REAL
 from crcm_jax.evaluation._results import Results as Results
 from crcm_jax.evaluation._video import encode_video as encode_video
 from crcm_jax.evaluation._video import write_video as write_video
+from crcm_jax.evaluation._video_writer import video_writer as video_writer

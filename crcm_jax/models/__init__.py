@@ -13,6 +13,7 @@ from crcm_jax.models._config import WAN_14B_IMAGE as WAN_14B_IMAGE
 from crcm_jax.models._config import WanConfig as WanConfig
 from crcm_jax.models._convert import config_from as config_from
 from crcm_jax.models._convert import convert as convert
+from crcm_jax.models._load import load_network as load_network
 from crcm_jax.models._prompts import cached_embedder as cached_embedder
 from crcm_jax.models._prompts import load_tokenizer as load_tokenizer
 from crcm_jax.models._prompts import prompt_embedder as prompt_embedder

@@ -10,6 +10,7 @@ what the cache holds are data. The cache is donated and written in place.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -158,7 +159,7 @@ class Stream:
     for b, schedule in enumerate(schedules, skip):
       last = b == len(sizes) - 1
       x = self.start(noise, np.int32(start), size=sizes[b])
-      for s, (t, t_next) in enumerate(_pairs(schedule)):
+      for s, (t, t_next) in enumerate(itertools.pairwise(schedule)):
         at = Step(np.int32(s + 1), np.int32(start), number(t), number(t_next))
         if t_next == 0 and self._is_noisy(b) and not last:
           x, cache = self.step_and_commit(
@@ -243,7 +244,3 @@ class Stream:
     place = (at.index, 0, at.start, 0, 0, 0)
     noise = lax.dynamic_slice(step_noise, place, (1, *x.shape))[0]
     return paths.interpolate(x_0, noise, jnp.full_like(t, at.t_next))
-
-
-def _pairs(schedule: Sequence[float]) -> Iterator[tuple[float, float]]:
-  return zip(schedule[:-1], schedule[1:], strict=True)
