@@ -6,6 +6,7 @@ from crcm_jax.generation._clips import is_finished as is_finished
 from crcm_jax.generation._clips import read_prompts as read_prompts
 from crcm_jax.generation._clips import Timing as Timing
 from crcm_jax.generation._clips import write_clip as write_clip
+from crcm_jax.generation._generator import decode_to_bytes as decode_to_bytes
 from crcm_jax.generation._generator import Generator as Generator
 from crcm_jax.generation._image import load_image as load_image
 from crcm_jax.generation._networks import load_networks as load_networks

@@ -5,8 +5,10 @@ one. Latent frames are decoded one at a time, whatever the chunks: the decoder
 is compiled for a clip's first latent frame and for all others.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +59,10 @@ class Generator:
         " an image with a causal network whose first chunk is one latent frame,"
         " or call `models.Wan` with a `Conditioning`."
       )
+    _, height, width, _ = self.shape
+    assert settings.guidance is not None  # filled
     self.stream = sampling.Stream(
-      model=self._model,
+      model=_Chunks(networks.transformer, height, width, settings.guidance),
       solver="euler" if settings.solver == "euler" else "consistency",
       context="clean" if settings.noisy_context is None else "last_step",
       context_start=settings.noisy_context or 0,
@@ -161,15 +165,32 @@ class Generator:
     vae, params = self.networks.vae, self.networks.vae_params
     return models.encode_video(vae, params, jnp.asarray(image)[None, None])
 
-  def _model(self, conditioning: tuple[Array, Array | None]):
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+  """Makes the chunk model of a prompt and a negative one.
+
+  Equal ones share compiled programs.
+  """
+
+  transformer: models.Wan
+  height: int
+  width: int
+  scale: float
+
+  def __call__(
+    self, conditioning: tuple[Array, Array | None]
+  ) -> sampling.ChunkModel:
     text, null = conditioning
-    _, height, width, _ = self.shape
-    chunks = functools.partial(
-      models.WanChunks, self.networks.transformer, height=height, width=width
+    under = functools.partial(
+      models.WanChunks,
+      self.transformer,
+      height=self.height,
+      width=self.width,
     )
     if null is None:
-      return chunks(text)
-    return sampling.guided(chunks(text), chunks(null), self.settings.guidance)
+      return under(text)
+    return sampling.guided(under(text), under(null), self.scale)
 
 
 @jax.jit
@@ -201,9 +222,9 @@ def _whole(
   """Follows the ODE of a bidirectional network."""
 
   def under(text: Array) -> Velocity:
-    def velocity(x: Array, t: Array) -> Array:
+    def velocity(x: Array, t: Array) -> Any:
       t = jnp.repeat(t[:, None], x.shape[1], axis=1)
-      return model.apply({"params": params}, x, t, text)  # pyright: ignore
+      return model.apply({"params": params}, x, t, text)
 
     return velocity
 

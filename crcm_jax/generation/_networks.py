@@ -13,6 +13,7 @@ A folder is laid out as the original's, as that of diffusers, or with files of
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ WHERE_FROM = (
 """Where weights come from: nothing is downloaded."""
 
 _GROUP = 8  # prompts embedded at a time
+_BLOCK = 2**18  # random numbers drawn at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,22 +293,29 @@ def random_networks(size: str, *, seed: int = 0) -> Networks:
 
 
 def random_params(shapes: Params, key: Array, *, dtype: Any) -> Params:
-  """Draws parameters on the device, by their shapes, in one program.
+  """Draws parameters on the device, by their shapes, in one short program.
 
   Args:
     shapes: of a network's `init`; scales are 1, all else is small and normal.
     key: of the draws.
     dtype: of the parameters.
   """
+  leaves, tree = jax.tree.flatten_with_path(shapes)
+  sizes = [math.prod(leaf.shape) for _, leaf in leaves]
+  starts = np.cumsum([0, *sizes])
+  blocks = -(-int(starts[-1]) // _BLOCK)
 
   def draw(key: Array) -> Params:
-    leaves, tree = jax.tree.flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
+    # A loop, and not a generator for each parameter: those compile slowly.
+    block = lambda key: jax.random.normal(key, (_BLOCK,), dtype)
+    numbers = jax.lax.map(block, jax.random.split(key, blocks)).ravel()
     return tree.unflatten(
       jnp.ones(leaf.shape, dtype)
       if path[-1].key == "scale"
-      else 0.02 * jax.random.normal(k, leaf.shape, dtype)
-      for k, (path, leaf) in zip(keys, leaves, strict=True)
+      else 0.02 * numbers[start : start + size].reshape(leaf.shape)
+      for (path, leaf), start, size in zip(
+        leaves, starts[:-1], sizes, strict=True
+      )
     )
 
   return jax.jit(draw)(key)
