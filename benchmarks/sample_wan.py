@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
   """Measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description="Times sampling of Wan 1.3B.")
   parser.add_argument("--tiny", action="store_true", help="tiny networks")
   parser.add_argument("--repeat", type=int, default=3, help="calls timed")
   parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
@@ -94,10 +94,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
   networks = generation.random_networks("tiny" if arguments.tiny else "1.3B")
   jax.block_until_ready((networks.params, networks.vae_params))
   add("", "drawing weights, s", time.perf_counter() - start)
-  size = dict(frames=21, height=32, width=32) if arguments.tiny else {}
+  frames, height, width = (21, 32, 48) if arguments.tiny else (81, 480, 832)
   for case in CASES:
     settings = generation.Settings(
-      pattern=case.pattern, steps=case.steps, **size
+      frames=frames,
+      height=height,
+      width=width,
+      pattern=case.pattern,
+      steps=case.steps,
     )
     generator = generation.Generator(networks, settings)
     measure_clips(case, generator, add)

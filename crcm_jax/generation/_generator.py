@@ -21,7 +21,7 @@ from crcm_jax.generation._networks import Networks
 from crcm_jax.generation._settings import Settings
 
 Text = Float[np.ndarray, "b l d"] | Float[Array, "b l d"]
-Image = Float[np.ndarray, "h w 3"]
+Image = Float[np.ndarray, "rows columns 3"]
 Frames = np.ndarray
 """uint8 [t, h, w, 3]: one frame of a clip's start, then four at a time."""
 

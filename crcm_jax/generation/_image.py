@@ -10,7 +10,7 @@ from crcm_jax._typing import Float
 
 def load_image(
   path: str | os.PathLike[str], height: int, width: int
-) -> Float[np.ndarray, "h w 3"]:
+) -> Float[np.ndarray, "rows columns 3"]:
   """Reads a picture and fits it to a frame: scaled to cover it, then cut.
 
   Args:

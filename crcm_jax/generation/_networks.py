@@ -296,7 +296,8 @@ def random_params(shapes: Params, key: Array, *, dtype: Any) -> Params:
   """Draws parameters on the device, by their shapes, in one short program.
 
   Args:
-    shapes: of a network's `init`; scales are 1, all else is small and normal.
+    shapes: of a network's `init`; scales are 1, kernels normal and such that
+      features keep their size, all else is normal and small.
     key: of the draws.
     dtype: of the parameters.
   """
@@ -312,10 +313,18 @@ def random_params(shapes: Params, key: Array, *, dtype: Any) -> Params:
     return tree.unflatten(
       jnp.ones(leaf.shape, dtype)
       if path[-1].key == "scale"
-      else 0.02 * numbers[start : start + size].reshape(leaf.shape)
+      else _std(leaf.shape) * numbers[start : start + size].reshape(leaf.shape)
       for (path, leaf), start, size in zip(
         leaves, starts[:-1], sizes, strict=True
       )
     )
 
   return jax.jit(draw)(key)
+
+
+def _std(shape: tuple[int, ...]) -> float:
+  """Returns 1 / sqrt(inputs) for a kernel, of layers or of a convolution."""
+  if len(shape) < 2:
+    return 0.02
+  inputs = math.prod(shape[:-1]) if len(shape) == 5 else shape[-2]
+  return inputs**-0.5
