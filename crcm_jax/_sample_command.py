@@ -76,7 +76,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     "--shift", type=float, default=3.0, help="of an ODE's times (%(default)s)"
   )
   add("--size", type=_size, default=SIZES["480p"], help="480p, 720p or WxH")
-  add("--dtype", default="bfloat16", help="of weights (default: %(default)s)")
+  add(
+    "--dtype",
+    choices=["bfloat16", "float32"],
+    default="bfloat16",
+    help="of weights and products (default: %(default)s)",
+  )
 
 
 def wants_wan(arguments: argparse.Namespace) -> bool:
