@@ -32,9 +32,19 @@ def as_conditioning(text: Text | Conditioning) -> Conditioning:
 def beside(
   x: Float[Array, "b f h w c"], frames: Float[Array, "b f h w k"] | None
 ) -> Float[Array, "b f h w i"]:
-  """Puts what is known of the frames beside their latents, channel-wise."""
+  """Puts what is known of the frames beside their latents, channel-wise.
+
+  Raises:
+    ValueError: if it is about other frames.
+  """
   if frames is None:
     return x
+  if frames.shape[:4] != x.shape[:4]:
+    raise ValueError(
+      f"`text.frames` must be about the frames of `x`, [b, f, h, w] ="
+      f" {x.shape[:4]}; got {frames.shape[:4]}. Make it of latents of that size"
+      " with `image_frames`."
+    )
   return jnp.concatenate([x, frames.astype(x.dtype)], axis=-1)
 
 

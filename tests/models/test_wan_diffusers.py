@@ -174,7 +174,7 @@ def test_mask_and_latents_of_an_image():
   np.testing.assert_array_equal(frames[:, 1:, ..., :4], 0)
 
 
-def test_messages():
+def test_messages(unchecked):
   x, t, text = inputs()
   apply = models.Wan(IMAGE_TO_VIDEO).apply
   with pytest.raises(ValueError, match=r"c = 10; got.*`Conditioning.frames`"):
@@ -182,6 +182,11 @@ def test_messages():
   incomplete = conditioning()._replace(image=None)
   with pytest.raises(ValueError, match=r"`text.image` must hold CLIP.*None"):
     apply({"params": {}}, x, t, incomplete)
+  few = conditioning()._replace(frames=conditioning().frames[:, :2])
+  with pytest.raises(
+    ValueError, match=r"`text.frames` .*3, 4, 6\); got \(2, 2"
+  ):
+    apply({"params": {}}, x, t, few)
   apply = models.Wan(TEXT_TO_VIDEO).apply
   surplus = conditioning()._replace(frames=None)
   with pytest.raises(ValueError, match=r"`text.image` must be None"):
