@@ -77,6 +77,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
   )
   add("--size", type=_size, default=SIZES["480p"], help="480p, 720p or WxH")
   add(
+    "--force",
+    action="store_true",
+    help="sample otherwise than the weights say they were trained for",
+  )
+  add(
     "--dtype",
     choices=["bfloat16", "float32"],
     default="bfloat16",
@@ -113,6 +118,8 @@ def sample(arguments: argparse.Namespace, cache: pathlib.Path) -> None:
   clips = list(_clips(arguments))  # before weights are read
   networks = _networks(arguments, cache)
   settings = _settings(arguments, networks)
+  if not arguments.force:
+    generation.check_trained(networks.about, settings)
   generator = generation.Generator(networks, settings)
   image = None
   if arguments.image is not None:
@@ -197,7 +204,7 @@ def _settings(
     frames=arguments.frames or 81,
     height=height,
     width=width,
-    pattern=generation.pattern_of(networks, arguments.pattern),
+    pattern=arguments.pattern or generation.trained_pattern(networks.about),
     solver=arguments.solver,
     steps=arguments.steps,
     mid_times=None if mid_times is None else tuple(mid_times),

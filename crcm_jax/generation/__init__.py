@@ -11,9 +11,10 @@ from crcm_jax.generation._generator import Generator as Generator
 from crcm_jax.generation._image import load_image as load_image
 from crcm_jax.generation._networks import load_networks as load_networks
 from crcm_jax.generation._networks import Networks as Networks
-from crcm_jax.generation._networks import pattern_of as pattern_of
 from crcm_jax.generation._networks import RANDOM as RANDOM
 from crcm_jax.generation._networks import random_networks as random_networks
 from crcm_jax.generation._networks import random_params as random_params
 from crcm_jax.generation._networks import WHERE_FROM as WHERE_FROM
 from crcm_jax.generation._settings import Settings as Settings
+from crcm_jax.generation._trained import check_trained as check_trained
+from crcm_jax.generation._trained import trained_pattern as trained_pattern

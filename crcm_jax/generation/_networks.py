@@ -25,7 +25,6 @@ import numpy as np
 
 from crcm_jax import models
 from crcm_jax._typing import Array, Float, Params
-from crcm_jax.chunks import ChunkPattern
 
 _PLACES = {
   "transformer": (
@@ -118,30 +117,6 @@ def load_networks(
     about=about,
     weights_hash=_full_hash(places["transformer"]),
   )
-
-
-def pattern_of(
-  networks: Networks, pattern: ChunkPattern | None
-) -> ChunkPattern | None:
-  """Returns the chunks to generate: those that the weights were trained for.
-
-  Args:
-    networks: whose transformer's file may say so.
-    pattern: those asked for; None asks for those of the file.
-
-  Raises:
-    ValueError: if the file says otherwise.
-  """
-  trained = networks.about.get("pattern")
-  if trained is None:
-    return pattern
-  trained = ChunkPattern(**trained)
-  if pattern not in (None, trained):
-    raise ValueError(
-      f"`pattern` must be that of the weights, which were trained with"
-      f" {trained}; got {pattern}. Leave it out."
-    )
-  return trained
 
 
 def _find(

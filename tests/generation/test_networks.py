@@ -116,16 +116,13 @@ def test_a_student_beside_the_rest(tmp_path, params):
   )
   networks = load(student)
   trained = ChunkPattern(1, 3)
-  assert generation.pattern_of(networks, None) == trained
-  assert generation.pattern_of(networks, trained) == trained
-  with pytest.raises(ValueError, match="`pattern` must be that of the weights"):
-    generation.pattern_of(networks, ChunkPattern(3, 3))
+  assert generation.trained_pattern(networks.about) == trained
 
   ours = tmp_path / "ours.safetensors"
   models.convert(student, ours)
   again = load(ours)
   assert again.transformer == networks.transformer
-  assert generation.pattern_of(again, None) == trained
+  assert generation.trained_pattern(again.about) == trained
   jax.tree.map(np.testing.assert_array_equal, again.params, networks.params)
   with pytest.raises(ValueError, match="must hold what a WanConfig describes"):
     load(folder / "Wan2.1_VAE.pth")

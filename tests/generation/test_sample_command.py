@@ -8,7 +8,7 @@ import pytest
 import tiny
 import tiny_generation
 
-from crcm_jax import cli
+from crcm_jax import cli, generation
 
 TINY = ("--random-weights", "tiny", "--size", "48x32", "--frames", 9)
 FEW = ("--pattern", "1,1", "--steps", "2,1")
@@ -23,11 +23,8 @@ def _compile_fast():
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch):
   """Draws the tiny networks once, and restores logging."""
-  from crcm_jax import generation
-
-  monkeypatch.setattr(
-    generation, "random_networks", lambda size: tiny_generation.networks()
-  )
+  drawn = tiny_generation.networks()
+  monkeypatch.setattr(generation, "random_networks", lambda size: drawn)
   logger = logging.getLogger("crcm_jax")
   yield
   logger.handlers.clear()
