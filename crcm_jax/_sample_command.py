@@ -27,6 +27,11 @@ stopped."""
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 
+_ONLY_WAN = (
+  *("transformer", "prompt", "prompts", "image", "pattern", "solver"),
+  *("mid_times", "noisy_context", "guidance"),
+)
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
   """Adds the arguments that samplers of trained digits do not have."""
@@ -93,7 +98,8 @@ def wants_wan(arguments: argparse.Namespace) -> bool:
   """Says whether Wan is to be sampled, and not a workdir.
 
   Raises:
-    ValueError: if both are named, or neither.
+    ValueError: if both are named, or neither; if a workdir is to be sampled in
+      a way that only Wan can be.
   """
   named = [
     arguments.source,
@@ -105,7 +111,16 @@ def wants_wan(arguments: argparse.Namespace) -> bool:
       "name what to sample: one of SOURCE (a workdir of `crcm train`),"
       f" --weights DIR and --random-weights SIZE. {generation.WHERE_FROM}"
     )
-  return arguments.source is None
+  if arguments.source is None:
+    return True
+  given = [name for name in _ONLY_WAN if getattr(arguments, name) is not None]
+  if given or len(arguments.steps or ()) > 1:
+    what = f"--{given[0]}" if given else "several --steps"
+    raise ValueError(
+      f"{what.replace('_', '-')} must come with Wan's weights; SOURCE sets its"
+      " own chunks and times, and --caption says what to show."
+    )
+  return False
 
 
 def sample(arguments: argparse.Namespace, cache: pathlib.Path) -> None:
@@ -201,7 +216,7 @@ def _settings(
   height, width = arguments.size
   mid_times = arguments.mid_times
   return generation.Settings(
-    frames=arguments.frames or 81,
+    frames=81 if arguments.frames is None else arguments.frames,
     height=height,
     width=width,
     pattern=arguments.pattern or generation.trained_pattern(networks.about),

@@ -137,39 +137,35 @@ class Stream:
     prefix: Array | None,
     prefix_noise: Array | None,
   ) -> Iterator[Array]:
+    network = (params, conditioning)
     number = functools.partial(np.asarray, dtype=noise.dtype)
-    cache = self.init(params, conditioning, noise.shape[1], sum(sizes))
-    call = functools.partial(self.step, params, conditioning)
+    cache = self.init(*network, noise.shape[1], sum(sizes))
     start = 0
     for b, size in enumerate(sizes[:skip]):
-      assert prefix is not None  # chunk_sizes counted it
-      frames = slice(start, start + size)
-      x = prefix[:, frames].astype(noise.dtype)
+      part = lambda a, i=start, j=start + size: a[:, i:j].astype(noise.dtype)
+      x = part(prefix)
       yield x
       context, t = x, 0.0
       if self._is_noisy(b):
-        assert prefix_noise is not None  # checked
         t = schedules[0][-2]
-        context = paths.interpolate(
-          x, prefix_noise[:, frames].astype(x.dtype), jnp.full(x.shape[:2], t)
-        )
-      cache = self.commit(params, conditioning, cache, context, number(t))
+        level = jnp.full(x.shape[:2], t, x.dtype)
+        context = paths.interpolate(x, part(prefix_noise), level)
+      cache = self.commit(*network, cache, context, number(t))
       start += size
     start = 0  # within the noise, which is that of the generated frames
     for b, schedule in enumerate(schedules, skip):
-      last = b == len(sizes) - 1
+      last = b == len(sizes) - 1  # nobody looks back on it
+      on_the_way = self._is_noisy(b) and not last
       x = self.start(noise, np.int32(start), size=sizes[b])
-      for s, (t, t_next) in enumerate(itertools.pairwise(schedule)):
-        at = Step(np.int32(s + 1), np.int32(start), number(t), number(t_next))
-        if t_next == 0 and self._is_noisy(b) and not last:
-          x, cache = self.step_and_commit(
-            params, conditioning, cache, x, noise, at
-          )
+      for s, (t, t_next) in enumerate(itertools.pairwise(schedule), 1):
+        at = Step(np.int32(s), np.int32(start), number(t), number(t_next))
+        if t_next == 0 and on_the_way:
+          x, cache = self.step_and_commit(*network, cache, x, noise, at)
         else:
-          x = call(cache, x, noise, at)
+          x = self.step(*network, cache, x, noise, at)
       yield x
-      if not (self._is_noisy(b) or last):
-        cache = self.commit(params, conditioning, cache, x, number(0.0))
+      if not (on_the_way or last):
+        cache = self.commit(*network, cache, x, number(0.0))
       start += sizes[b]
 
   def _is_noisy(self, chunk: int) -> bool:

@@ -88,6 +88,9 @@ def test_a_list_of_prompts_goes_on_where_it_was_stopped(tmp_path, capsys):
   [
     ((), "name what to sample: one of SOURCE"),
     (("runs/x", *TINY), "name what to sample: one of SOURCE"),
+    (("runs/x", "--noisy-context"), "--noisy-context must come with Wan's"),
+    (("runs/x", "--steps", "4,2"), "several --steps must come with Wan's"),
+    ((*TINY, *FEW, "--frames", 0), "`frames` must be 4k + 1"),
     (("--weights", "/nowhere", "--prompt", "a"), "lacks: transformer"),
     (("--weights", "/nowhere"), "`--prompt` must say what to show"),
     ((*TINY, *FEW, "--size", "40x32"), "`width` must be divisible by 16"),
