@@ -178,12 +178,14 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _full_hash(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a checkpoint's files, one after another."""
-  total = hashlib.sha256()
+  """Returns the SHA-256 of a file, or of those of its shards."""
+  digests = []
   for name in _files(path):
     with name.open("rb") as file:
-      total.update(hashlib.file_digest(file, "sha256").digest())
-  return total.hexdigest()
+      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+  if len(digests) == 1:
+    return digests[0]
+  return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _quick_hash(path: pathlib.Path, part: int = 2**20) -> str:

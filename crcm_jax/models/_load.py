@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from crcm_jax._typing import Params
-from crcm_jax.models._about import check_about
 from crcm_jax.models._checkpoint import load_params
 from crcm_jax.models._convert import config_from
 from crcm_jax.models._tensor_files import open_tensors
@@ -39,8 +38,7 @@ def load_network(
   """
   path = pathlib.Path(path)
   if any("/" in key for key in open_tensors(path).tensors):
-    params, about = load_params(path, dtype=dtype)
-    check_about(about, expect)
+    params, about = load_params(path, dtype=dtype, expect=expect)
     return config or config_from(about), params, about
   config, params = params_from_torch(
     path, config, dtype=dtype, group=group, expect=expect

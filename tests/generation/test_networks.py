@@ -1,5 +1,6 @@
 """Networks from folders laid out as others lay them out."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from crcm_jax import generation, models
+from crcm_jax import cli, generation, models
 from crcm_jax.chunks import ChunkPattern
 
 WAN = models.WanConfig(
@@ -126,6 +128,32 @@ def test_a_student_beside_the_rest(tmp_path, params):
   jax.tree.map(np.testing.assert_array_equal, again.params, networks.params)
   with pytest.raises(ValueError, match="must hold what a WanConfig describes"):
     load(folder / "Wan2.1_VAE.pth")
+
+
+def test_from_a_folder_and_a_prompt_to_a_video(
+  tmp_path, params, monkeypatch, capsys
+):
+  folder, out = tmp_path / "w", tmp_path / "a.mp4"
+  about = {"pattern": {"first": 1, "rest": 1}}
+  _save(folder, params, "wan", LAYOUTS["wan"], about)
+  monkeypatch.setattr(cli, "CACHE", tmp_path / "cache")
+  monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "as it is")
+  words = ["sample", "--weights", str(folder), "--prompt", "a cat"]
+  words += ["--out", str(out), "--size", "48x32", "--frames", "5"]
+  words += ["--dtype", "float32", "--steps", "1"]
+  with tiny.compile_fast():
+    assert cli.main(words) == 0
+  assert out.stat().st_size > 0
+  record = json.loads((tmp_path / "a.json").read_text())
+  assert record["pattern"] == about["pattern"]  # as the weights say
+  weights = (folder / LAYOUTS["wan"][0]).read_bytes()
+  assert record["weights"] == hashlib.sha256(weights).hexdigest()
+  assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 2
+  out.unlink()
+  assert cli.main([*words, "--pattern", "2,1", "--frames", "9"]) == 2
+  assert "their pattern is ChunkPattern(first=1" in capsys.readouterr().err
+  assert not out.exists()
 
 
 def test_a_folder_that_lacks_files(tmp_path):
