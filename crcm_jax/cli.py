@@ -19,13 +19,13 @@ import numpy as np
 
 from crcm_jax import (
   _encode_command,
+  _sample_command,
   _vbench_command,
   data,
   evaluation,
   models,
   training,
 )
-from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _networks, _stages
 
 _LOG = logging.getLogger("crcm_jax")
@@ -51,7 +51,9 @@ folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.""",
   crcm sample experiments/moving_digits/weights/causal.safetensors --out a.png
 
 SOURCE is an experiment (its last stage), a stage's workdir, or a safetensors
-file, with [:ema|:live][@STEP]. Chunks, schedules and context come from it.""",
+file, with [:ema|:live][@STEP]. Chunks, schedules and context come from it.
+"""
+  + _sample_command.EXAMPLES,
   "evaluate": """examples:
   crcm evaluate runs/digits
 
@@ -143,9 +145,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
   """Generates one clip and writes it as a video."""
-  make, _ = _clip_maker(arguments.source, arguments.steps, arguments.frames)
+  if _sample_command.wants_wan(arguments):
+    _sample_command.sample(arguments, CACHE)
+    return
+  (steps,) = arguments.steps or (None,)
+  make, _ = _clip_maker(arguments.source, steps, arguments.frames)
   video = make(arguments.caption, arguments.seed)
-  path = evaluation.write_video(arguments.out, video, fps=arguments.fps)
+  path = evaluation.write_video(arguments.out, video, fps=arguments.fps or 8.0)
   print(path)
 
 
@@ -411,7 +417,9 @@ def _add_train(commands: Any) -> None:
 
 def _add_sample(commands: Any) -> None:
   command = _add(commands, "sample", sample)
-  command.add_argument("source", metavar="SOURCE", help="what to sample")
+  command.add_argument(
+    "source", metavar="SOURCE", nargs="?", help="of `crcm train`, to sample"
+  )
   command.add_argument(
     "--out", required=True, help="the video: *.mp4, *.gif or *.png"
   )
@@ -421,13 +429,22 @@ def _add_sample(commands: Any) -> None:
     help="what to show (default: %(default)r)",
   )
   command.add_argument(
-    "--steps", type=int, help="denoising steps a chunk; the most by default"
+    "--steps",
+    type=_sample_command.steps,
+    metavar="N[,N...]",
+    help="denoising steps a chunk, the last number for all further ones; the"
+    " most by default, for Wan 4 or 50",
   )
   command.add_argument(
-    "--frames", type=int, help="latent frames; as many as in training"
+    "--frames",
+    type=int,
+    help="latent frames, as many as in training; for Wan RGB frames, 81",
   )
   command.add_argument("--seed", type=int, default=0, help="of the noise")
-  command.add_argument("--fps", type=float, default=8.0, help="frames a second")
+  command.add_argument(
+    "--fps", type=float, help="frames a second; 8, for Wan 16"
+  )
+  _sample_command.add_arguments(command)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -464,7 +481,7 @@ def _add_convert(commands: Any) -> None:
   command.add_argument("--stage", help="that made the weights; kept in OUT")
   command.add_argument(
     "--pattern",
-    type=_pattern,
+    type=_sample_command.pattern,
     metavar="FIRST,REST",
     help="latent frames of the first and of each later chunk; kept in OUT",
   )
@@ -483,11 +500,6 @@ def _add_convert(commands: Any) -> None:
     action="store_true",
     help="let these contradict what SOURCE says of itself",
   )
-
-
-def _pattern(text: str) -> ChunkPattern:
-  first, _, rest = text.partition(",")
-  return ChunkPattern(int(first), int(rest))
 
 
 def _add_others(commands: Any) -> None:

@@ -36,3 +36,4 @@ from crcm_jax.evaluation._vbench_clips import (
 )
 from crcm_jax.evaluation._video import encode_video as encode_video
 from crcm_jax.evaluation._video import write_video as write_video
+from crcm_jax.evaluation._video_writer import video_writer as video_writer

@@ -230,3 +230,6 @@ _ENCODERS: dict[str, Callable[[np.ndarray, float], bytes]] = {
   ".gif": _encode_gif,
   ".png": _encode_png,
 }
+
+SUFFIXES = tuple(_ENCODERS)
+"""What the name of a video may end in."""

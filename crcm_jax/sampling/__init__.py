@@ -19,3 +19,5 @@ from crcm_jax.sampling._schedules import MID_TIMES as MID_TIMES
 from crcm_jax.sampling._schedules import ode_schedule as ode_schedule
 from crcm_jax.sampling._solvers import integrate as integrate
 from crcm_jax.sampling._solvers import trajectory as trajectory
+from crcm_jax.sampling._stream import Step as Step
+from crcm_jax.sampling._stream import Stream as Stream

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "crcm_jax"
 
 # Each layer may import the layers below it, its own, and private modules.
 LAYERS = (
-  {"cli"},
-  {"training", "evaluation"},
+  {"cli", "_sample_command"},
+  {"training", "evaluation", "generation"},
   {"losses", "sampling", "models", "data", "testing"},
   {"paths", "time_sampling", "chunks", "guidance"},
 )

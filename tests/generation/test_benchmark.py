@@ -1,0 +1,47 @@
+"""The benchmark runs at tiny size, and measures all it says."""
+
+import importlib.util
+import json
+import math
+import pathlib
+
+import pytest
+import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def benchmark():
+  path = ROOT / "benchmarks" / "sample_wan.py"
+  spec = importlib.util.spec_from_file_location("sample_wan", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_benchmark_measures_all_it_says(benchmark, tmp_path, capsys):
+  with tiny.compile_fast():
+    rows = benchmark.main(["--tiny", "--json", str(tmp_path / "rows.json")])
+  written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+  assert [row["what"] for row in written] == [row.what for row in rows]
+  shown = capsys.readouterr().out
+  for case in ("1,1 [4,2,2,...]", "3,3 [4,4,...]"):
+    measured = {row.what: row for row in rows if row.case == case}
+    for what in (
+      "first frame, s",
+      "frames/s, end to end",
+      "frames/s, transformer alone",
+      "ms a call, 0 frames seen",
+      "ms a call, mean over the clip",
+    ):
+      value = measured[what].value
+      assert math.isfinite(value)
+      assert value > 0
+      assert f"{what:<34}{value:>10.4g}" in shown
+    alone = measured["frames/s, transformer alone"].value
+    assert alone > measured["frames/s, end to end"].value
+  assert "ms a decoded RGB frame" in shown
+  assert f"{4.5:>10}{15:>10}{20:>10}" in shown
+  limits = [row.limit for row in rows if row.limit is not None]
+  assert limits == [21, 62, 4.5]
