@@ -17,15 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crcm_jax import (
-  _encode_command,
-  _sample_command,
-  _vbench_command,
-  data,
-  evaluation,
-  models,
-  training,
-)
+from crcm_jax import data, evaluation, models, training
+from crcm_jax.commands import encode as encode_command
+from crcm_jax.commands import sample as sample_command
+from crcm_jax.commands import vbench as vbench_command
 from crcm_jax.training import _config, _networks, _stages
 
 _LOG = logging.getLogger("crcm_jax")
@@ -53,7 +48,7 @@ folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.""",
 SOURCE is an experiment (its last stage), a stage's workdir, or a safetensors
 file, with [:ema|:live][@STEP]. Chunks, schedules and context come from it.
 """
-  + _sample_command.EXAMPLES,
+  + sample_command.EXAMPLES,
   "evaluate": """examples:
   crcm evaluate runs/digits
 
@@ -73,9 +68,9 @@ SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
 or .pth file, the index of shards, a folder with one of these, in the original
 layout or that of diffusers; or a file of ours. What it says of itself (stage,
 chunk pattern, schedules) goes along. No code in a pickle is run.""",
-  "encode": _encode_command.EXAMPLES,
-  "vbench-clips": _vbench_command.CLIPS_EXAMPLES,
-  "vbench-score": _vbench_command.SCORE_EXAMPLES,
+  "encode": encode_command.EXAMPLES,
+  "vbench-clips": vbench_command.CLIPS_EXAMPLES,
+  "vbench-score": vbench_command.SCORE_EXAMPLES,
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -145,8 +140,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
   """Generates one clip and writes it as a video."""
-  if _sample_command.wants_wan(arguments):
-    _sample_command.sample(arguments, CACHE)
+  if sample_command.wants_wan(arguments):
+    sample_command.sample(arguments, CACHE)
     return
   (steps,) = arguments.steps or (None,)
   make, _ = _clip_maker(arguments.source, steps, arguments.frames)
@@ -252,7 +247,7 @@ def vbench_clips(arguments: argparse.Namespace) -> None:
   make, record = _clip_maker(
     arguments.source, arguments.steps, arguments.frames
   )
-  _vbench_command.write_clips(arguments, make, record())
+  vbench_command.write_clips(arguments, make, record())
 
 
 def print_config(arguments: argparse.Namespace) -> None:
@@ -430,7 +425,7 @@ def _add_sample(commands: Any) -> None:
   )
   command.add_argument(
     "--steps",
-    type=_sample_command.steps,
+    type=sample_command.steps,
     metavar="N[,N...]",
     help="denoising steps a chunk, the last number for all further ones; the"
     " most by default, for Wan 4 or 50",
@@ -444,7 +439,7 @@ def _add_sample(commands: Any) -> None:
   command.add_argument(
     "--fps", type=float, help="frames a second; 8, for Wan 16"
   )
-  _sample_command.add_arguments(command)
+  sample_command.add_arguments(command)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -481,7 +476,7 @@ def _add_convert(commands: Any) -> None:
   command.add_argument("--stage", help="that made the weights; kept in OUT")
   command.add_argument(
     "--pattern",
-    type=_sample_command.pattern,
+    type=sample_command.pattern,
     metavar="FIRST,REST",
     help="latent frames of the first and of each later chunk; kept in OUT",
   )
@@ -504,12 +499,12 @@ def _add_convert(commands: Any) -> None:
 
 def _add_others(commands: Any) -> None:
   """Adds the commands that have modules of their own."""
-  encode = _add(commands, "encode", _encode_command.encode)
-  _encode_command.add_arguments(encode)
+  encode = _add(commands, "encode", encode_command.encode)
+  encode_command.add_arguments(encode)
   clips = _add(commands, "vbench-clips", vbench_clips)
-  _vbench_command.add_clips_arguments(clips)
-  score = _add(commands, "vbench-score", _vbench_command.score)
-  _vbench_command.add_score_arguments(score)
+  vbench_command.add_clips_arguments(clips)
+  score = _add(commands, "vbench-score", vbench_command.score)
+  vbench_command.add_score_arguments(score)
 
 
 def _add_print_config(commands: Any) -> None:

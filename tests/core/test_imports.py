@@ -12,7 +12,7 @@ PACKAGE = ROOT / "crcm_jax"
 
 # Each layer may import the layers below it, its own, and private modules.
 LAYERS = (
-  {"cli", "_sample_command"},
+  {"cli", "commands"},
   {"training", "evaluation", "generation"},
   {"losses", "sampling", "models", "data", "testing"},
   {"paths", "time_sampling", "chunks", "guidance"},
