@@ -7,8 +7,8 @@ Before that, the same tests must pass without a mistake.
 
 Usage: python tools/mutate.py [--only TEXT] [--start N] [--trust] [--list]
 
-Exits with 1 if a mistake survives or cannot be planted. Takes about 15
-minutes on two idle cores; not part of CI.
+Exits with 1 if a mistake survives or cannot be planted. The mistakes took 20
+minutes on two busy cores; not part of CI.
 """
 
 import argparse
