@@ -99,9 +99,15 @@ def attention(
     raise ValueError("`context_ranges` needs a `context` to be about.")
   ranged = context_ranges is not None
   lengths = [keys.shape[1] for keys, _ in pairs]
+  mask = _full_or_checked(mask, q.shape[1], lengths, ranged)
+  # Backends need not think of empty arrays.
+  ranged = ranged and pairs[0][0].size > 0
+  pairs = [pair for pair in pairs if pair[0].size > 0]
+  if q.size == 0 or not pairs:
+    return jnp.zeros_like(q)
   problem = Problem(
     backend=BACKENDS["xla"],
-    mask=_full_or_checked(mask, q.shape[1], lengths, ranged),
+    mask=mask,
     scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
     pairs=len(pairs),
     ranged=ranged,
@@ -109,7 +115,7 @@ def attention(
   )
   flat = [q, *itertools.chain(*pairs)]
   if ranged:
-    flat.append(_disjoint(context_ranges, lengths[0]))
+    flat.append(_disjoint(context_ranges, pairs[0][0].shape[1]))
   problem = _with_backend(problem, problem.operands(flat), implementation)
   flat.extend(problem.backend.tables(problem, problem.operands(flat)))
   return autodiff.bind(problem, *same_varying(*flat))
@@ -126,7 +132,7 @@ def _fused_rule() -> bool:
 
 
 def _pairs(k, v, context) -> list[tuple[Array, Array]]:
-  """The (keys, values) to attend to, context first; empty ones left out."""
+  """The (keys, values) to attend to, context first."""
   if (k is None) != (v is None):
     raise ValueError(
       "`k` and `v` must be given together; one of them is None. Pass both, or "
