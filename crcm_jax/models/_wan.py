@@ -74,6 +74,8 @@ class Wan(nn.Module):
     config: sizes and precision.
     attention: the attention operation, `kernels.attention` or a form of it
       (sharded, say) with the same signature.
+    place: puts arrays on their devices: "tokens" of streams, `[b f p m]`, and
+      a "cache"; `training.sharding` has one for a mesh.
 
   Example:
     >>> model = Wan(WanConfig(layers=2, width=32, heads=2, ffn_width=64,
@@ -86,6 +88,7 @@ class Wan(nn.Module):
 
   config: WanConfig
   attention: Callable[..., Array] = kernels.attention
+  place: Callable[[str, Any], Any] = lambda name, tree: tree
 
   def setup(self):
     """Makes the layers; the parameters of `blocks` are stacked."""
@@ -206,7 +209,7 @@ class Wan(nn.Module):
       end_time: as in `__call__`.
 
     Returns:
-      The velocity, and the chunk's keys and values `[layers b s n d]`.
+      The velocity, and the chunk's keys and values `[layers b f p n d]`.
 
     Raises:
       ValueError: if shapes do not fit each other, the config or the cache.
@@ -288,8 +291,12 @@ class Wan(nn.Module):
 
     return self._scan(body, (clean.tokens, noisy.tokens))[0][1]
 
-  def _scan(self, body: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
-    """Runs `body(block, carry, xs) -> (carry, ys)` over the layers."""
+  def _scan(self, layer: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
+    """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
+
+    def body(block: Block, carry: Any, xs: Any):
+      return layer(block, self.place("tokens", carry), xs)
+
     if self.config.remat is not None:
       body = nn.remat(
         body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
