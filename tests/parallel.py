@@ -9,10 +9,10 @@ import collections
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
-import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 AXES = ("data", "fsdp", "context", "tensor")
@@ -70,24 +70,28 @@ def config(stage):
   )
   if stage in ("self_forcing", "joint"):
     more |= dict(critic={}, critic_optimizer=dict(learning_rate=0.1))
-  return dict(
-    seed=0,
-    steps=1,
-    objective=objective,
-    optimizer=dict(learning_rate=0.1),
-    pattern=dict(first=1, rest=2),
-    data=dict(
-      name="random_latents",
-      batch_size=8,
-      frames=3,
-      height=4,
-      width=8,
-      channels=4,
-      text_length=4,
-      text_width=8,
-    ),
-    sampling=dict(mid_times={"2": ((5 / 6,),)}, ode_steps=4),
-  ) | more | dict(network=network | more.get("network", {}))
+  return (
+    dict(
+      seed=0,
+      steps=1,
+      objective=objective,
+      optimizer=dict(learning_rate=0.1),
+      pattern=dict(first=1, rest=2),
+      data=dict(
+        name="random_latents",
+        batch_size=8,
+        frames=3,
+        height=4,
+        width=8,
+        channels=4,
+        text_length=4,
+        text_width=8,
+      ),
+      sampling=dict(mid_times={"2": ((5 / 6,),)}, ode_steps=4),
+    )
+    | more
+    | dict(network=network | more.get("network", {}))
+  )
 
 
 def main(stage, *meshes):
@@ -136,7 +140,10 @@ def main(stage, *meshes):
       state = jax.device_put(state, shardings.state)
       compiled = train.lower(state, frozen, batch, on.run_key()).compile()
       state, metrics = compiled(state, frozen, batch, on.run_key())
-      grads = {"student": state.student_opt_state, "critic": state.fake_opt_state}
+      grads = {
+        "student": state.student_opt_state,
+        "critic": state.fake_opt_state,
+      }
       assert int(state.skipped) == 0
       wrong = jax.tree.map(
         lambda a, b: a.sharding.is_equivalent_to(b, a.ndim),
@@ -144,7 +151,11 @@ def main(stage, *meshes):
         shardings.state,
       )
       assert all(jax.tree.leaves(wrong))
-      found[phase] = (float(metrics["loss"]), jax.device_get(grads[phase]), compiled)
+      found[phase] = (
+        float(metrics["loss"]),
+        jax.device_get(grads[phase]),
+        compiled,
+      )
     return found
 
   want = step(sharding.make_mesh(devices=1))
@@ -153,10 +164,12 @@ def main(stage, *meshes):
     got = step(sharding.make_mesh(**dict(zip(AXES, sizes, strict=True))))
     for phase, (loss, grads, compiled) in got.items():
       distance = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-      far = jax.tree.leaves_with_path(jax.tree.map(distance, grads, want[phase][1]))
+      far = jax.tree.leaves_with_path(
+        jax.tree.map(distance, grads, want[phase][1])
+      )
       worst = max(far, key=lambda item: item[1])
-      if "hlo" in os.environ:
-        pathlib.Path(os.environ["hlo"]).write_text(compiled.as_text())
+      if "HLO" in os.environ:
+        pathlib.Path(os.environ["HLO"]).write_text(compiled.as_text())
       print(
         json.dumps(
           dict(
@@ -168,7 +181,8 @@ def main(stage, *meshes):
             where=jax.tree_util.keystr(worst[0]),
             collectives=collectives(compiled.as_text()),
           )
-        ), flush=True
+        ),
+        flush=True,
       )
 
 

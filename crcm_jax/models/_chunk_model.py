@@ -62,7 +62,7 @@ class WanChunks:
     past = empty_past(config, batch, frames, tokens, text.keys.dtype)
     start = jnp.zeros((), jnp.int32)
     cache = Cache(past=past, text=text, frames=start, position=start)
-    return self.model.place("cache", cache)
+    return self._placed(cache)
 
   def velocity(
     self, params: Params, x: Latents, t: Times, cache: Cache
@@ -89,7 +89,7 @@ class WanChunks:
     detached = jax.lax.stop_gradient((params, x, t, cache))
     frames = self._frames(cache, x.shape[1])
     v, own = self._apply("chunk", *detached, frames)
-    return v, self.model.place("cache", cache.extended(own))
+    return v, self._placed(cache.extended(own))
 
   def rewind(
     self, params: Params, cache: Cache, frames: Int[Array, ""]
@@ -100,6 +100,10 @@ class WanChunks:
     """
     text = self._apply("text_keys_values", params, self.text)
     return cache._replace(text=text, frames=frames, position=frames)
+
+  def _placed(self, cache: Cache) -> Cache:
+    place = self.model.place
+    return cache if place is None else place("cache", cache)
 
   def _frames(self, cache: Cache, length: int) -> Array | None:
     """Returns what is known of the next frames."""

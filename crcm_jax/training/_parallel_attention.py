@@ -92,7 +92,7 @@ class ParallelAttention:
     """
     own = None if k is None else (k, v)
     exchange = self._exchange(q, own, context)
-    # A cache lies as it is read, see `_rules.ACTIVATIONS_BY_HEADS`.
+    # A cache lies as it is read, see `_rules.CACHE_BY_HEADS`.
     lies = context_ranges is not None and exchange.groups == 1
     mask = self._rows_of_a_device(mask, q, exchange)
 

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crcm_jax.training._rules import (
-  ACTIVATIONS_BY_HEADS,
-  ACTIVATIONS_BY_TOKENS,
+  CACHE_BY_HEADS,
+  CACHE_BY_TOKENS,
   Rules,
   spec_of,
 )
@@ -34,9 +34,7 @@ class Placement:
     """Returns the placement of a network with so many heads."""
     over = mesh.shape["tensor"] * mesh.shape["context"]
     by_heads = heads % over == 0
-    return cls(
-      mesh, ACTIVATIONS_BY_HEADS if by_heads else ACTIVATIONS_BY_TOKENS
-    )
+    return cls(mesh, CACHE_BY_HEADS if by_heads else CACHE_BY_TOKENS)
 
   def __call__(self, name: str, tree: Any) -> Any:
     """Returns the tree, its arrays where the rules put them."""

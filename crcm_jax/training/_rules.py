@@ -23,21 +23,20 @@ Rules: TypeAlias = Sequence[tuple[str, Axes]]
 REPLICATED: Rules = ((".*", ()),)
 """Every device holds everything."""
 
-_COLUMNS = r".*blocks/(.*attention/(image_)?(query|key|value)|ffn/up)"
-_ROWS = r".*blocks/(.*attention/out|ffn/down)"
+_IN_COLUMNS = ".*attention/(image_)?(query|key|value)|ffn/up"
+_IN_ROWS = ".*attention/out|ffn/down"
+_NORMS = ".*attention/(image_)?(query|key)_norm"
 
 WAN_RULES: Rules = (
   # Layers are stacked: [layers, in, out]. Columns, then rows, over `tensor`:
   # the features between them, heads among them, are never gathered.
-  (f"{_COLUMNS}/kernel", (None, "fsdp", "tensor")),
-  (f"{_ROWS}/kernel", (None, "tensor", "fsdp")),
-  (f"{_COLUMNS}/bias", (None, "tensor")),
-  (r".*blocks/.*attention/(image_)?(query|key)_norm/scale", (None, "tensor")),
-  # Outside the layers, the matrices with the width as their first dimension.
-  (r".*(time_projection|text_embedding/(up|down))/kernel", ("fsdp",)),
+  (f".*blocks/({_IN_COLUMNS})/kernel", (None, "fsdp", "tensor")),
+  (f".*blocks/({_IN_ROWS})/kernel", (None, "tensor", "fsdp")),
+  (f".*blocks/({_IN_COLUMNS})/bias", (None, "tensor")),
+  (f".*blocks/{_NORMS}/scale", (None, "tensor")),
   (".*", ()),
 )
-"""Parameters split over `fsdp` and `tensor`; what is small is whole."""
+"""Layers split over `fsdp` and `tensor`; the little outside them is whole."""
 
 NAMED: Mapping[str, Rules] = {"replicated": REPLICATED, "wan": WAN_RULES}
 """Sets of rules by the names that configs give them."""
@@ -50,28 +49,33 @@ ROLES: Mapping[str, str] = {
 }
 """The roles of networks, and where paths with their parameters begin."""
 
-_TOKENS: tuple[str, Axes] = ("tokens.*", (BATCH, None, "context"))
-_PROMPT: tuple[str, Axes] = ("cache/text/.*", (None, BATCH, None, "tensor"))
+_ACTIVATIONS: Rules = (
+  ("tokens.*", (BATCH, None, "context")),
+  ("patches", (BATCH,)),
+  # A layer's parameters, gathered from `fsdp` as it begins.
+  (f"layer/({_IN_COLUMNS})/kernel", (None, "tensor")),
+  (f"layer/({_IN_ROWS})/kernel", ("tensor",)),
+  (f"layer/({_IN_COLUMNS})/bias|layer/{_NORMS}/scale", ("tensor",)),
+  ("cache/text/.*", (None, BATCH, None, "tensor")),
+)
 
-ACTIVATIONS_BY_HEADS: Rules = (
-  _TOKENS,
-  _PROMPT,
+CACHE_BY_HEADS: Rules = (
+  *_ACTIVATIONS,
   ("cache/past/.*", (None, BATCH, None, None, ("tensor", "context"))),
   (".*", ()),
 )
-"""Activations, where the heads divide by tensor x context.
+"""What a step computes, where the heads divide by tensor x context.
 
 A cache, `[layers b f p n d]`, then lies as attention reads it, and only new
 frames travel.
 """
 
-ACTIVATIONS_BY_TOKENS: Rules = (
-  _TOKENS,
-  _PROMPT,
+CACHE_BY_TOKENS: Rules = (
+  *_ACTIVATIONS,
   ("cache/past/.*", (None, BATCH, None, "context", "tensor")),
   (".*", ()),
 )
-"""Activations, where they do not: the cache travels each time it is read."""
+"""Where they do not: a cache travels each time it is read."""
 
 
 def read_rules(setting: Any) -> Rules:
