@@ -71,8 +71,9 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   workdir = folders.experiment / stage.name
-  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
   mesh = sharding.make_mesh(**stage.mesh)
+  stage = stage.on(mesh)
+  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
   batches = stage.dataset.batches(folders.data, stage.seed)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)

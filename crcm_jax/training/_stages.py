@@ -13,7 +13,7 @@ calls that build it:
     sampling=dict(...)       # of Sampling
     loop=dict(...)           # of Loop
     mesh=dict(...)           # of sharding.make_mesh
-    sharding=((PATTERN, AXES), ...),
+    sharding="wan",          # or rules, see sharding.read_rules
 
 and with a critic
 
@@ -156,7 +156,7 @@ class Stage:
     init: the source of each network's first parameters.
     sampling: how the student is sampled.
     loop: how often to log, save and sample.
-    mesh: the devices along each axis.
+    mesh: the devices along each axis, of `sharding.make_mesh`.
     rules: how parameters are sharded.
   """
 
@@ -176,8 +176,18 @@ class Stage:
   init: dict[str, str]
   sampling: Sampling
   loop: Loop
-  mesh: dict[str, int]
+  mesh: dict[str, Any]
   rules: sharding.Rules
+
+  def on(self, mesh: jax.sharding.Mesh) -> "Stage":
+    """Returns this stage with networks that compute on a mesh.
+
+    Raises:
+      ValueError: if batch, heads or tokens do not divide by their devices.
+    """
+    video = self.dataset.shapes().x_0.shape
+    sharding.check_stage(mesh.shape, self.model.config, video)
+    return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:
     """Returns which network an iteration trains."""
@@ -291,7 +301,10 @@ class Stage:
 
 
 def read_stage(
-  name: str, config: Mapping[str, Any], stages: tuple[str, ...] = ()
+  name: str,
+  config: Mapping[str, Any],
+  stages: tuple[str, ...] = (),
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Stage:
   """Builds one stage of its resolved config.
 
@@ -299,6 +312,7 @@ def read_stage(
     name: of the stage.
     config: the resolved config, such as a checkpoint holds.
     stages: the experiment's stages.
+    mesh: devices that its networks compute on; None for JAX's default one.
 
   Raises:
     ValueError: as `read_experiment`.
@@ -308,6 +322,8 @@ def read_stage(
   section["stage"]
   kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
+  if mesh is not None:
+    model = sharding.shard_model(model, mesh)
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
   else:
@@ -352,7 +368,7 @@ def read_stage(
     sampling=sampling,
     loop=section.section("loop").call(Loop),
     mesh=section.take("mesh", {}),
-    rules=section.take("sharding", sharding.REPLICATED),
+    rules=sharding.read_rules(section.take("sharding", "wan")),
   )
   section.check_all_read()
   return stage
