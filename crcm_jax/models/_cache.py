@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax._typing import Array, Int
+from crcm_jax.kernels._compat import target_platform
 from crcm_jax.models._layers import KeysValues
 
 
@@ -60,3 +61,26 @@ def empty_past(
   """Allocates keys and values for `tokens` tokens."""
   shape = (layers, batch, tokens, heads, head_width)
   return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def as_one_sequence(past: KeysValues) -> KeysValues | None:
+  """Returns the past of all layers as one context, where that saves time.
+
+  A scan hands each layer its slice of a cache, and what a GPU kernel reads, a
+  slice included, must lie in memory: it would be copied, all of it in each
+  call. A kernel that is told which tokens it may see can as well find its
+  layer's within those of all layers.
+
+  Args:
+    past: keys and values, `[layers b y n d]`.
+
+  Returns:
+    Keys and values, `[b (layers y) n d]`; None where there are several videos,
+    more than 32 bits of elements, or no such kernel.
+  """
+  layers, batch, tokens, *head = past.keys.shape
+  few = batch == 1 and past.keys.size < 2**31
+  if not few or target_platform() != "gpu":
+    return None
+  shape = (batch, layers * tokens, *head)
+  return KeysValues(*(a.reshape(shape) for a in past))
