@@ -78,9 +78,8 @@ def as_one_sequence(past: KeysValues) -> KeysValues | None:
     Keys and values, `[b (layers y) n d]`; None where there are several videos,
     more than 32 bits of elements, or no such kernel.
   """
-  layers, batch, tokens, *head = past.keys.shape
-  few = batch == 1 and past.keys.size < 2**31
-  if not few or target_platform() != "gpu":
+  one = past.keys.shape[1] == 1 and past.keys.size < 2**31
+  if not one or target_platform() != "gpu":
     return None
-  shape = (batch, layers * tokens, *head)
-  return KeysValues(*(a.reshape(shape) for a in past))
+  head = past.keys.shape[-2:]
+  return KeysValues(*(a.reshape(1, -1, *head) for a in past))

@@ -232,9 +232,11 @@ class Wan(nn.Module):
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
-    size = past.keys.shape[2]
-    starts = jnp.arange(self.config.layers, dtype=jnp.int32) * size
-    xs = (past if joined is None else None, starts, cache.text)
+    starts = None
+    if joined is not None:
+      layers, total = self.config.layers, joined.keys.shape[1]
+      past, starts = None, jnp.arange(0, total, total // layers, jnp.int32)
+    xs = (past, starts, cache.text)
     tokens, own = self._scan(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
 

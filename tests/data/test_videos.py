@@ -226,7 +226,7 @@ def test_shards_from_the_command_line(tmp_path, capsys):
   ("words", "message"),
   [
     ((), "`--weights` must be the folder"),
-    (("--weights", "nowhere"), "nowhere lacks Wan2.1_VAE.pth or vae,"),
+    (("--weights", "nowhere"), "lacks: autoencoder .vae or"),
     (("--weights", "x", "--frames", "6"), "must have 4k . 1 frames"),
     (("--weights", "x", "--size", "20x24"), "divisible by 8"),
     (("--name", "a/b"), "`name` must consist of"),

@@ -136,14 +136,14 @@ def test_embeddings_are_kept(tmp_path):
     asked.append(list(prompts))
     return embed()(prompts)
 
-  kept = models.cached_embedder(counted, tmp_path, identity="tiny")
+  kept = models.CachedEmbedder(counted, tmp_path, identity="tiny")
   want = embed()(["a cat", "dogs", ""])
   np.testing.assert_array_equal(kept(["a cat", "dogs", ""]), want)
   np.testing.assert_array_equal(kept(["dogs", "a  cat"]), want[[1, 0]])
   assert asked == [["a cat", "dogs", ""]]
   kept(["a cat", "birds"])
   assert asked[1:] == [["birds"]]
-  other = models.cached_embedder(counted, tmp_path, identity="another")
+  other = models.CachedEmbedder(counted, tmp_path, identity="another")
   other(["dogs"])
   assert asked[2:] == [["dogs"]]
   assert len(list(tmp_path.iterdir())) == 5
