@@ -129,7 +129,8 @@ def is_meant(arguments: argparse.Namespace, also: Sequence[str] = ()) -> bool:
   if sum(name is not None for name in named) != 1:
     raise ValueError(
       "name what to sample: one of SOURCE (a workdir of `crcm train`),"
-      f" --weights DIR and --random-weights SIZE. {models.WHERE_FROM}"
+      " --weights DIR and --random-weights SIZE, which only shows the speed."
+      f" DIR holds: {models.files_of()}. {models.WHERE_FROM}"
     )
   if arguments.source is None:
     return True

@@ -15,6 +15,7 @@ from crcm_jax.models._convert import config_from as config_from
 from crcm_jax.models._convert import convert as convert
 from crcm_jax.models._encoders import Encoders as Encoders
 from crcm_jax.models._encoders import load_encoders as load_encoders
+from crcm_jax.models._folder import files_of as files_of
 from crcm_jax.models._folder import find_networks as find_networks
 from crcm_jax.models._folder import WHERE_FROM as WHERE_FROM
 from crcm_jax.models._load import load_network as load_network

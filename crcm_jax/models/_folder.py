@@ -33,6 +33,11 @@ WHERE_FROM = (
 """Where weights come from: nothing is downloaded."""
 
 
+def files_of(parts: Sequence[str] = tuple(PLACES)) -> str:
+  """Names the files and folders, one of which each network is read from."""
+  return "; ".join(f"{part} ({' or '.join(PLACES[part])})" for part in parts)
+
+
 def find_networks(
   folder: str | os.PathLike[str],
   parts: Sequence[str] = tuple(PLACES),
@@ -55,14 +60,10 @@ def find_networks(
     found[part] = next((place for place in places if place.exists()), None)
   if transformer is not None:
     found["transformer"] = pathlib.Path(transformer)
-  missing = [
-    f"{part} ({' or '.join(PLACES[part])})"
-    for part, place in found.items()
-    if place is None
-  ]
+  missing = [part for part, place in found.items() if place is None]
   if missing:
     raise FileNotFoundError(
       f"`weights` must be a folder with Wan's networks; {str(folder)!r} lacks:"
-      f" {'; '.join(missing)}. {WHERE_FROM}"
+      f" {files_of(missing)}. {WHERE_FROM}"
     )
   return {part: place for part, place in found.items() if place is not None}

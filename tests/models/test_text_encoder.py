@@ -155,6 +155,27 @@ def test_embeddings_are_kept(tmp_path):
   np.testing.assert_array_equal(kept(["dogs"]), want[1:2])
 
 
+def test_embedding_goes_on_where_it_was_stopped(tmp_path):
+  """Each is on disk before the next one is made."""
+  asked = []
+
+  def one_by_one(prompts):
+    for prompt in prompts:
+      if len(asked) == 2:
+        asked.append(None)
+        raise KeyboardInterrupt
+      asked.append(prompt)
+      yield np.full((4, 3), len(asked), np.float32)
+
+  kept = models.CachedEmbedder(one_by_one, tmp_path, identity="tiny")
+  with pytest.raises(KeyboardInterrupt):
+    kept.prepare(["a", "b", "c"])
+  assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"] * 2
+  kept.prepare(["a", "b", "c"])
+  assert asked == ["a", "b", None, "c"]
+  assert kept(["c", "a"])[:, 0, 0].tolist() == [4, 1]
+
+
 def test_bfloat16_stays_close():
   half = models.TextEncoder(
     models.TextConfig(
