@@ -221,6 +221,8 @@ def _disjoint(ranges, size: int):
       f"`jnp.array([[0, written]], jnp.int32)`."
     )
   ranges = jnp.clip(ranges.astype(jnp.int32), 0, size)
+  if len(ranges) == 1:  # as in every layer of every call of a rollout
+    return ranges.at[:, 1].max(ranges[:, 0])
   ranges = ranges[jnp.argsort(ranges[:, 0])]
   reached = jax.lax.cummax(ranges[:, 1])
   before = jnp.concatenate([jnp.zeros_like(reached[:1]), reached[:-1]])

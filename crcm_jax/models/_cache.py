@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax._typing import Array, Int
+from crcm_jax.kernels._compat import target_platform
 from crcm_jax.models._config import WanConfig
 from crcm_jax.models._layers import KeysValues
 
@@ -59,3 +60,25 @@ def empty_past(
   heads = (config.heads, config.head_width)
   shape = (config.layers, batch, frames, tokens, *heads)
   return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def as_one_sequence(past: KeysValues) -> KeysValues | None:
+  """Returns the past of all layers as one context, where that saves time.
+
+  A scan hands each layer its slice of a cache, and what a GPU kernel reads, a
+  slice included, must lie in memory: it would be copied, all of it in each
+  call. A kernel that is told which tokens it may see can as well find its
+  layer's within those of all layers.
+
+  Args:
+    past: keys and values, `[layers b f p n d]`.
+
+  Returns:
+    Keys and values, `[b (layers f p) n d]`; None where there are several
+    videos, more than 32 bits of elements, or no such kernel.
+  """
+  one = past.keys.shape[1] == 1 and past.keys.size < 2**31
+  if not one or target_platform() != "gpu":
+    return None
+  head = past.keys.shape[-2:]
+  return KeysValues(*(a.reshape(1, -1, *head) for a in past))

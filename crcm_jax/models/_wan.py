@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from crcm_jax import kernels
 from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models._cache import Cache
+from crcm_jax.models._cache import as_one_sequence, Cache
 from crcm_jax.models._checks import check_call, check_chunk, check_end_time
 from crcm_jax.models._conditioning import (
   as_conditioning,
@@ -223,15 +223,24 @@ class Wan(nn.Module):
     rope = self._rope(x, cache.position)
     stored = cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
     ranges = jnp.stack([jnp.zeros_like(stored), stored])[None]
+    past = jax.lax.stop_gradient(cache.past)
+    ours = self.attention is kernels.attention  # and not a sharded form of it
+    joined = as_one_sequence(past) if ours else None
 
-    def body(block: Block, tokens: Array, xs: tuple[KeysValues, KeysValues]):
-      past, text = xs
+    def body(block: Block, tokens: Array, xs: Any):
+      past, start, text = xs
       attend = functools.partial(
-        self.attention, context=past, context_ranges=ranges
+        self.attention,
+        context=past if joined is None else joined,
+        context_ranges=ranges if joined is None else ranges + start,
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
-    xs = (jax.lax.stop_gradient(cache.past), cache.text)
+    starts = None
+    if joined is not None:
+      layers, total = self.config.layers, joined.keys.shape[1]
+      past, starts = None, jnp.arange(0, total, total // layers, jnp.int32)
+    xs = (past, starts, cache.text)
     tokens, own = self._scan(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
 
