@@ -221,12 +221,12 @@ def _disjoint(ranges, size: int):
       f"`jnp.array([[0, written]], jnp.int32)`."
     )
   ranges = jnp.clip(ranges.astype(jnp.int32), 0, size)
-  if len(ranges) == 1:  # as in every layer of every call of a rollout
-    return ranges.at[:, 1].max(ranges[:, 0])
-  ranges = ranges[jnp.argsort(ranges[:, 0])]
-  reached = jax.lax.cummax(ranges[:, 1])
-  before = jnp.concatenate([jnp.zeros_like(reached[:1]), reached[:-1]])
-  start = jnp.maximum(ranges[:, 0], before)
+  start = ranges[:, 0]
+  if len(ranges) > 1:  # one, as in each layer of a rollout's calls, is sorted
+    ranges = ranges[jnp.argsort(start)]
+    reached = jax.lax.cummax(ranges[:, 1])
+    before = jnp.concatenate([jnp.zeros_like(reached[:1]), reached[:-1]])
+    start = jnp.maximum(ranges[:, 0], before)
   return jnp.stack([start, jnp.maximum(start, ranges[:, 1])], axis=1)
 
 
