@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -32,11 +33,10 @@ import _necessary
 import _trace
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from crcm_jax import training
-from crcm_jax.generation._networks import random_params
 from crcm_jax.training import sharding
+from crcm_jax.training._stages import Phase
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
@@ -84,7 +84,7 @@ class Case:
     return f"{self.name} {self.size} {mesh_name(self.mesh)} x{self.batch}"
 
 
-STEPS = {
+STEPS: dict[str, tuple[str, Phase]] = {
   "tf_scm": ("tf_scm", "student"),
   "tf_dcm": ("tf_dcm", "student"),
   "sf_dmd": ("sf_dmd", "student"),
@@ -205,7 +205,8 @@ def rollout_steps(stage: training.Stage) -> int:
 def flops_of(case: Case) -> float:
   """Counts the necessary operations of a step of the whole batch."""
   stage = stage_of(case)
-  video, objective = video_of(stage), stage.objectives["student"]
+  objective: Any = stage.objectives["student"]
+  video = video_of(stage)
   guided = objective.guidance != 1
   steps = rollout_steps(stage)
   one = {
@@ -249,7 +250,7 @@ class Program:
     keys = jax.random.split(jax.random.key(0), 3)
     roles = dict(zip(frozen, jax.random.split(keys[1], 8), strict=False))
     drawn_frozen = {
-      role: _drawn(random_bfloat16, shapes, roles[role])
+      role: _drawn(scattered, shapes, roles[role])
       for role, shapes in frozen.items()
     }
     return (
@@ -278,9 +279,9 @@ def np_prod(numbers: Iterable[int]) -> int:
 
 def program_of(case: Case) -> Program:
   """Builds a step and the shapes of its arguments; computes nothing."""
-  stage = stage_of(case)
+  mesh = mesh_of(case)
+  stage = on_mesh(stage_of(case), mesh)
   _, phase = STEPS[case.name]
-  mesh = sharding.make_mesh(**stage.mesh)
   place = lambda tree: _placed(tree, sharding.shard(tree, mesh, stage.rules))
   params = stage.state_shapes().student
   low = jax.tree.map(
@@ -303,6 +304,23 @@ def program_of(case: Case) -> Program:
   )
 
 
+def mesh_of(case: Case) -> jax.sharding.Mesh:
+  """Returns a mesh of the first devices, as many as the case needs."""
+  shape = tuple(case.mesh.get(axis, 1) for axis in sharding.AXES)
+  return jax.make_mesh(
+    shape,
+    sharding.AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
+    devices=jax.devices()[: np_prod(shape)],
+  )
+
+
+def on_mesh(stage: training.Stage, mesh: jax.sharding.Mesh) -> training.Stage:
+  """Returns the stage with networks that compute on the mesh."""
+  place = getattr(stage, "on", lambda mesh: stage)
+  return place(mesh)
+
+
 def _placed(tree: Any, where: Any) -> Any:
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
@@ -311,27 +329,41 @@ def _placed(tree: Any, where: Any) -> Any:
 
 def _drawn(draw: Callable[..., Any], shapes: Any, key: Any) -> Any:
   where = jax.tree.map(lambda a: a.sharding, shapes)
-  plain = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes
-  )
+  plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
   return jax.jit(lambda key: draw(plain, key), out_shardings=where)(key)
-
-
-def random_bfloat16(shapes: Any, key: Any) -> Any:
-  """Draws a frozen network."""
-  return random_params(shapes, key, dtype=jnp.bfloat16)
 
 
 def _fresh(stage: training.Stage, shapes: training.TrainState, key: Any) -> Any:
   """Draws a network and returns the state before the first iteration."""
-  draw = lambda key: random_params(shapes.student, key, dtype=jnp.float32)
   keys = jax.random.split(key)
   return training.init_state(
-    draw(keys[0]),
+    scattered(shapes.student, keys[0]),
     stage.optimizers["student"],
-    fake=None if shapes.fake is None else draw(keys[1]),
+    fake=None if shapes.fake is None else scattered(shapes.fake, keys[1]),
     fake_optimizer=stage.optimizers.get("critic"),
   )
+
+
+def scattered(shapes: Any, key: Any) -> Any:
+  """Fills parameters, each element from its index: in parts where sharded.
+
+  Scales are 1; what else there is has mean 0 and keeps the size of features.
+  """
+  seed = jax.random.bits(key)
+
+  def fill(path: Any, leaf: Any) -> jax.Array:
+    if path[-1].key == "scale":
+      return jnp.ones(leaf.shape, leaf.dtype)
+    index = jnp.full(leaf.shape, seed)
+    for axis, stride in enumerate((19349663, 83492791, 73856093)[: leaf.ndim]):
+      along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      index = (index ^ (along * jnp.uint32(stride))) * jnp.uint32(2654435761)
+      index ^= index >> 15
+    uniform = index.astype(jnp.float32) / 2.0**31 - 1
+    std = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.02
+    return (3**0.5 * std * uniform).astype(leaf.dtype)
+
+  return jax.tree.map_with_path(fill, shapes)
 
 
 def _noise(shapes: Any, key: Any) -> Any:
@@ -407,6 +439,7 @@ def measure(
   row: Row,
   *,
   budget_s: float,
+  least: int = 2,
   kernels: int = 0,
 ) -> None:
   """Runs a compiled step for a while and fills its row in.
@@ -415,20 +448,28 @@ def measure(
     program: the step.
     compiled: the same, compiled; None does nothing.
     row: to fill in.
-    budget_s: seconds of repetitions after a first one; two at least.
+    budget_s: seconds of repetitions after a first one.
+    least: repetitions whatever they take.
     kernels: of how many kernels to note the time, from one more repetition
       under the profiler; 0 does not profile.
   """
   if compiled is None:
     return
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0) / GIB
+  assert row.peak_gib is not None
+  if limit and row.peak_gib > limit:
+    row.error = (
+      f"does not fit: it asks for {row.peak_gib:.1f} GiB of {limit:.1f}"
+    )
+    return
   try:
-    _measure(program, compiled, row, budget_s, kernels)
+    _measure(program, compiled, row, budget_s, least, kernels)
   except Exception as error:
     row.error = said(error)
   gc.collect()
 
 
-def _measure(program, compiled, row, budget_s, kernels) -> None:
+def _measure(program, compiled, row, budget_s, least, kernels) -> None:
   state, *rest = program.draw()
   step = program.arguments[0].step
   at = program.iteration()
@@ -446,10 +487,9 @@ def _measure(program, compiled, row, budget_s, kernels) -> None:
     return took
 
   once()  # the first run loads kernels
-  spent = 0.0
-  while len(row.seconds) < 2 or (spent < budget_s and len(row.seconds) < 20):
+  enough = lambda: sum(row.seconds) >= budget_s or len(row.seconds) >= 20
+  while len(row.seconds) < least or not enough():
     row.seconds.append(once())
-    spent += row.seconds[-1]
   row.peak_seen_gib = peak_seen() / GIB
   if kernels:
     with tempfile.TemporaryDirectory() as folder:
@@ -477,9 +517,9 @@ def about() -> dict[str, Any]:
     device=device.device_kind,
     devices=jax.device_count(),
     memory_gib=stats.get("bytes_limit", 0) / GIB,
-    backend=jax.extend.backend.get_backend().platform_version,
+    driver=device.client.platform_version,
     jax=jax.__version__,
-    jaxlib=jaxlib.__version__,
+    jaxlib=importlib.metadata.version("jaxlib"),
     date=datetime.date.today().isoformat(),
     command=shlex.join(["python", *sys.argv]),
     xla_flags=os.environ.get("XLA_FLAGS", ""),

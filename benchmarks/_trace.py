@@ -76,13 +76,13 @@ def _events(plane: Any, line_prefix: str) -> list[Event]:
 def longest(events: Iterable[Event], number: int) -> list[Kernel]:
   """Returns the kernels that took the most time on the first device."""
   events = _of_one_device(events)
-  calls, spent = collections.Counter(), collections.Counter()
+  calls, spent = collections.Counter(), collections.defaultdict(float)
   for event in events:
     calls[event.name] += 1
     spent[event.name] += (event.stop - event.start) / 1e6
   return [
     Kernel(name, calls[name], round(ms, 3))
-    for name, ms in spent.most_common(number)
+    for name, ms in sorted(spent.items(), key=lambda item: -item[1])[:number]
   ]
 
 
