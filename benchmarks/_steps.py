@@ -383,25 +383,38 @@ def compile_all(
     Programs, what compiling made of them (None if it failed), and rows to
     fill in.
   """
-
-  def one(case: Case) -> tuple[Program, Any, Row]:
-    program = program_of(case)
-    row = Row(case=case, devices=program.devices, flops=flops_of(case))
-    try:
-      start = time.perf_counter()
-      lowered = program.step.lower(*program.arguments)
-      row.lower_s = time.perf_counter() - start
-      compiled = lowered.compile()
-      row.compile_s = time.perf_counter() - start - row.lower_s
-    except Exception as error:
-      row.error = said(error)
-      return program, None, row
-    row.peak_gib = asked_memory(compiled) / GIB
-    row.state_gib = on_one_device(program.arguments[0]) / GIB
-    return program, compiled, row
-
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    return list(pool.map(one, cases))
+    waiting = [_lower(case, pool) for case in cases]
+    return [(program, wait(), row) for program, row, wait in waiting]
+
+
+def _lower(
+  case: Case, pool: concurrent.futures.Executor
+) -> tuple[Program, Row, Callable[[], Any]]:
+  """Traces a step and begins to compile it; the last result waits for that."""
+  program = program_of(case)
+  row = Row(case=case, devices=program.devices, flops=flops_of(case))
+  try:
+    start = time.perf_counter()
+    lowered = program.step.lower(*program.arguments)
+    row.lower_s = time.perf_counter() - start
+  except Exception as error:
+    row.error = said(error)
+    return program, row, lambda: None
+  row.state_gib = on_one_device(program.arguments[0]) / GIB
+  return program, row, pool.submit(_compile, lowered, row).result
+
+
+def _compile(lowered: Any, row: Row) -> Any:
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except Exception as error:
+    row.error = said(error)
+    return None
+  row.compile_s = time.perf_counter() - start
+  row.peak_gib = asked_memory(compiled) / GIB
+  return compiled
 
 
 def asked_memory(compiled: Any) -> int:
