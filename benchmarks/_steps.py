@@ -496,7 +496,9 @@ def _measure(program, compiled, row, budget_s, least, kernels) -> None:
     state, metrics = compiled(state, *rest)
     jax.block_until_ready((state, metrics))
     took = time.perf_counter() - start
-    row.metrics = {k: float(v) for k, v in metrics.items()}
+    row.metrics = {
+      name: float(v) for name, v in metrics.items() if isinstance(v, jax.Array)
+    }
     return took
 
   once()  # the first run loads kernels
