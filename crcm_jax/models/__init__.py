@@ -43,3 +43,4 @@ from crcm_jax.models._vae_video import encode_video as encode_video
 from crcm_jax.models._vae_video import VaeCache as VaeCache
 from crcm_jax.models._wan import add_end_time as add_end_time
 from crcm_jax.models._wan import Wan as Wan
+from crcm_jax.models._working_copy import working_copy as working_copy

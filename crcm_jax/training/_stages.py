@@ -9,6 +9,7 @@ calls that build it:
     data=dict(name=..., ...) # a dataset of _data.DATASETS
     objective=dict(name=..., ...),  # of the objective that KINDS names
     optimizer=dict(...)      # of training.adamw
+    working_copy=True        # see Stage
     init=dict(student=SOURCE, teacher=SOURCE),
     sampling=dict(...)       # of Sampling
     loop=dict(...)           # of Loop
@@ -113,6 +114,8 @@ class Loop:
     keep: checkpoints to keep.
     allow_skipped: updates that may be skipped because they were not finite.
     tensorboard: whether to write for TensorBoard, beside the files.
+    micro_batches: parts of a batch that a step takes one after another, to
+      save memory.
   """
 
   log_every: int = 1
@@ -121,9 +124,10 @@ class Loop:
   keep: int = 2
   allow_skipped: int = 0
   tensorboard: bool = True
+  micro_batches: int = 1
 
   def __post_init__(self):
-    for name in ("log_every", "checkpoint_every"):
+    for name in ("log_every", "checkpoint_every", "micro_batches"):
       if getattr(self, name) < 1:
         raise ValueError(
           f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
@@ -147,6 +151,8 @@ class Stage:
     steps: iterations in all.
     seed: of parameters, data order and draws.
     ema_rate: relative width of the student's moving average.
+    working_copy: whether networks read a copy of their matrices in the dtype
+      that they compute in, made once a step, and frozen ones are kept in it.
     model: the network; teachers and critic have the same architecture.
     pattern: the student's chunks; None if it is bidirectional.
     dataset: what it reads.
@@ -167,6 +173,7 @@ class Stage:
   steps: int
   seed: int
   ema_rate: float
+  working_copy: bool
   model: models.Wan
   pattern: ChunkPattern | None
   dataset: _data.Dataset
@@ -204,10 +211,17 @@ class Stage:
         phase=phase,
         alternation=self.alternation,
         ema_rate=self.ema_rate,
+        micro_batches=self.loop.micro_batches,
+        copy_dtype=self.copy_dtype,
         shardings=shardings,
       )
       for phase, objective in self.objectives.items()
     }
+
+  @property
+  def copy_dtype(self) -> Any:
+    """Dtype of the copy that networks read; None for none."""
+    return self.model.config.dtype if self.working_copy else None
 
   def run_key(self) -> PRNGKeyArray:
     """Returns the key of all the training's draws."""
@@ -241,7 +255,10 @@ class Stage:
 
   def load_frozen(self, experiment: pathlib.Path) -> dict[str, Params]:
     """Returns the parameters that the objectives need and do not train."""
-    return {role: self.load_role(role, experiment) for role in self.kind.frozen}
+    loaded = {r: self.load_role(r, experiment) for r in self.kind.frozen}
+    if self.copy_dtype is None:
+      return loaded
+    return models.working_copy(loaded, self.copy_dtype)
 
   def load_role(self, role: str, experiment: pathlib.Path) -> Params:
     """Loads the network that plays a role from its source.
@@ -358,6 +375,7 @@ def read_stage(
     steps=section["steps"],
     seed=section["seed"],
     ema_rate=section.get("ema_rate", 0.1),
+    working_copy=section.get("working_copy", False),
     model=model,
     pattern=pattern,
     dataset=_dataset(section["data"]),

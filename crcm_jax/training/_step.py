@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax import models
 from crcm_jax._typing import Array, Bool, Params
+from crcm_jax.training import _accumulate
 from crcm_jax.training._counters import Alternation, Counters
 from crcm_jax.training._ema import ema_exponent, ema_update
 from crcm_jax.training._state import TrainState
@@ -47,6 +49,8 @@ def make_train_step(
   phase: Literal["student", "critic"] = "student",
   alternation: Alternation | None = None,
   ema_rate: float = 0.1,
+  micro_batches: int = 1,
+  copy_dtype: Any = None,
   shardings: Shardings | None = None,
 ) -> TrainStep:
   """Returns the jitted iteration of one phase.
@@ -62,6 +66,10 @@ def make_train_step(
       The other one joins the objective's frozen parameters by that name.
     alternation: the run's order of phases, for the counters.
     ema_rate: relative width of the student's moving average.
+    micro_batches: parts of a batch, whose gradients are added up: the step of
+      the whole batch in the memory of one part.
+    copy_dtype: dtype of the copy of their matrices that networks read
+      (`models.working_copy`); the state keeps the masters. None for no copy.
     shardings: where state, frozen parameters and batch live.
 
   Returns:
@@ -80,18 +88,21 @@ def make_train_step(
 
   def step(state, frozen, batch, key):
     counters = alternation.counters(state.step)
-    draws = objective.draws(
-      jax.random.fold_in(key, state.step), batch, counters
-    )
+    step_key = jax.random.fold_in(key, state.step)
+    draw = lambda batch: objective.draws(step_key, batch, counters)
     trained, opt_state, frozen = _roles(phase, state, frozen)
-
-    def mean_loss(params):
-      losses, metrics = objective.loss(params, frozen, batch, draws, counters)
-      return jnp.mean(losses), metrics
-
-    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(
-      trained
+    read = {role: _copy(params, copy_dtype) for role, params in frozen.items()}
+    (loss, metrics), grads = _accumulate.gradient(
+      lambda params, batch, draws: objective.loss(
+        params, read, batch, draws, counters
+      ),
+      _copy(trained, copy_dtype),
+      batch,
+      draw(batch),
+      draw=draw,
+      micro_batches=micro_batches,
     )
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, new_opt_state = optimizer.update(grads, opt_state, trained)
@@ -107,6 +118,10 @@ def make_train_step(
     in_shardings=(s.state, s.frozen, s.batch, None),
     out_shardings=(s.state, None),
   )
+
+
+def _copy(params: Params, dtype: Any) -> Params:
+  return params if dtype is None else models.working_copy(params, dtype)
 
 
 def _roles(

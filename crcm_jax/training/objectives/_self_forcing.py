@@ -128,6 +128,8 @@ class _Simulation:
     chunks = self.pattern.num_chunks(inputs.x_0.shape[1])
     times, full_counts = sampling.chunk_times(self._schedules(), chunks)
     counts = step_counts(counter, full_counts)
+    if not differentiable:  # many short passes, which need no float32
+      params = models.working_copy(params, self.student.config.dtype)
     made = sampling.rollout(
       self._chunks(inputs.condition, inputs.x_0),
       params,
