@@ -42,7 +42,7 @@ from crcm_jax._typing import Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _data, _networks, objectives, sharding
 from crcm_jax.training._counters import Alternation
-from crcm_jax.training._optimizer import adamw
+from crcm_jax.training._optimizer import adamw, warmed_up
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
 from crcm_jax.training._step import make_train_step, Shardings, TrainStep
@@ -152,6 +152,7 @@ class Stage:
     dataset: what it reads.
     objectives: the loss of each phase, "student" and perhaps "critic".
     optimizers: likewise.
+    learning_rates: the schedule of each optimizer, to be shown.
     alternation: the order of the phases.
     init: the source of each network's first parameters.
     sampling: how the student is sampled.
@@ -172,6 +173,7 @@ class Stage:
   dataset: _data.Dataset
   objectives: dict[Phase, objectives.Objective]
   optimizers: dict[Phase, optax.GradientTransformation]
+  learning_rates: dict[Phase, optax.Schedule]
   alternation: Alternation
   init: dict[str, str]
   sampling: Sampling
@@ -194,6 +196,7 @@ class Stage:
         phase=phase,
         alternation=self.alternation,
         ema_rate=self.ema_rate,
+        learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
       for phase, objective in self.objectives.items()
@@ -329,10 +332,10 @@ def read_stage(
   phases: dict[Phase, objectives.Objective] = {
     "student": _objective(section["objective"], kind.objective, given)
   }
-  optimizers: dict[Phase, Any] = {"student": section["optimizer"].call(adamw)}
+  settings: dict[Phase, _config.Section] = {"student": section["optimizer"]}
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
-    optimizers["critic"] = section["critic_optimizer"].call(adamw)
+    settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
   stage = Stage(
     name=name,
@@ -346,7 +349,8 @@ def read_stage(
     pattern=pattern,
     dataset=_dataset(section["data"]),
     objectives=phases,
-    optimizers=optimizers,
+    optimizers={phase: s.call(adamw) for phase, s in settings.items()},
+    learning_rates={p: warmed_up(**s.as_dict()) for p, s in settings.items()},
     alternation=section.section("alternation").call(Alternation),
     init=_sources(section.section("init"), kind),
     sampling=sampling,
