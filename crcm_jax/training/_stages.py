@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import optax
 
-from crcm_jax import models, time_sampling
+from crcm_jax import data, models, time_sampling
 from crcm_jax._typing import Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _data, _networks, objectives, sharding
@@ -113,6 +113,9 @@ class Loop:
     keep: checkpoints to keep.
     allow_skipped: updates that may be skipped because they were not finite.
     tensorboard: whether to write for TensorBoard, beside the files.
+    data_workers: processes that read data beside the main one; 0 for a thread.
+    max_bad_records: records of the dataset to skip because they are cut off,
+      of another shape or not finite; one more is an error that names them all.
   """
 
   log_every: int = 1
@@ -121,6 +124,8 @@ class Loop:
   keep: int = 2
   allow_skipped: int = 0
   tensorboard: bool = True
+  data_workers: int = 0
+  max_bad_records: int = 10
 
   def __post_init__(self):
     for name in ("log_every", "checkpoint_every"):
@@ -128,6 +133,11 @@ class Loop:
         raise ValueError(
           f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
         )
+    self.reading()  # refuses negative numbers
+
+  def reading(self) -> data.Reading:
+    """Returns how a prepared dataset is read."""
+    return data.Reading(workers=self.data_workers, max_bad=self.max_bad_records)
 
   def is_due(self, what: str, step: int, last: int) -> bool:
     """Whether "log", "checkpoint" or "sample" is due after a step."""
@@ -337,6 +347,7 @@ def read_stage(
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
+  loop = section.section("loop").call(Loop)
   stage = Stage(
     name=name,
     config=config,
@@ -347,14 +358,14 @@ def read_stage(
     ema_rate=section.get("ema_rate", 0.1),
     model=model,
     pattern=pattern,
-    dataset=_dataset(section["data"]),
+    dataset=_dataset(section["data"], loop.reading()),
     objectives=phases,
     optimizers={phase: s.call(adamw) for phase, s in settings.items()},
     learning_rates={p: warmed_up(**s.as_dict()) for p, s in settings.items()},
     alternation=section.section("alternation").call(Alternation),
     init=_sources(section.section("init"), kind),
     sampling=sampling,
-    loop=section.section("loop").call(Loop),
+    loop=loop,
     mesh=section.take("mesh", {}),
     rules=section.take("sharding", sharding.REPLICATED),
   )
@@ -418,8 +429,11 @@ def _parts(section: _config.Section) -> tuple[str, ...]:
   return tuple(section["parts"])
 
 
-def _dataset(section: _config.Section) -> _data.Dataset:
-  return section.call(section.choose(_data.DATASETS))
+def _dataset(section: _config.Section, reading: data.Reading) -> _data.Dataset:
+  dataset = section.choose(_data.DATASETS)
+  fields = {field.name for field in dataclasses.fields(dataset)}
+  more = {"reading": reading} if "reading" in fields else {}
+  return section.call(dataset, **more)
 
 
 def _objective(

@@ -7,7 +7,7 @@ and stores no key.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -216,7 +216,7 @@ def _means(name: str, masked: Masked) -> dict[str, Mean]:
   return {f"{name}/{i}": Mean(*part) for i, part in parts}
 
 
-def read_scalars(metrics: Metrics) -> dict[str, float]:
+def read_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
   """Returns a step's metrics as numbers, without those that it lacks."""
   values = {}
   for name, value in jax.device_get(metrics).items():
