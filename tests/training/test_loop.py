@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from crcm_jax.data import Reading
-from crcm_jax.training import _data, _experiment, _loop, _writers
+from crcm_jax.training import _data, _experiment, _loop, _stages, _writers
 from crcm_jax.training._checkpoints import Checkpoints
 
 
@@ -77,6 +77,22 @@ def test_speed_and_samples_have_files_of_their_own(folders):
   assert set(samples[0]) == {
     *("step", "mean/0", "std/0", "saturated/0", "drift/0"),
   }
+
+
+@pytest.mark.skipif(
+  not hasattr(_stages.Stage, "frozen_shapes"), reason="needs training.flops"
+)
+def test_utilisation_is_of_the_steps_necessary_operations(folders, monkeypatch):
+  from crcm_jax.training import flops
+
+  monkeypatch.setattr(_loop, "peak_flops", lambda kind: 1e6)
+  stage = tiny.stage(steps=2)
+  _loop.train_stage(stage, folders)
+  workdir = folders.experiment / "diffusion"
+  expected = flops.step(stage, "student").total / 1e6
+  for row in _writers.read_metrics(workdir / "speed.jsonl"):
+    used = row["model_flop_utilisation"] / row["steps_per_second"]
+    assert used == pytest.approx(expected)
 
 
 def test_a_checkpoint_holds_the_position_of_the_batch_used_last(folders):
