@@ -38,12 +38,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import optax
 
-from crcm_jax import models, time_sampling
+from crcm_jax import data, models, time_sampling
 from crcm_jax._typing import Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _data, _networks, objectives, sharding
 from crcm_jax.training._counters import Alternation
-from crcm_jax.training._optimizer import adamw
+from crcm_jax.training._optimizer import adamw, warmed_up
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
 from crcm_jax.training._step import make_train_step, Shardings, TrainStep
@@ -116,6 +116,9 @@ class Loop:
     tensorboard: whether to write for TensorBoard, beside the files.
     micro_batches: parts of a batch that a step takes one after another, to
       save memory.
+    data_workers: processes that read data beside the main one; 0 for a thread.
+    max_bad_records: records of the dataset to skip because they are cut off,
+      of another shape or not finite; one more is an error that names them all.
   """
 
   log_every: int = 1
@@ -125,6 +128,8 @@ class Loop:
   allow_skipped: int = 0
   tensorboard: bool = True
   micro_batches: int = 1
+  data_workers: int = 0
+  max_bad_records: int = 10
 
   def __post_init__(self):
     for name in ("log_every", "checkpoint_every", "micro_batches"):
@@ -132,6 +137,11 @@ class Loop:
         raise ValueError(
           f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
         )
+    self.reading()  # refuses negative numbers
+
+  def reading(self) -> data.Reading:
+    """Returns how a prepared dataset is read."""
+    return data.Reading(workers=self.data_workers, max_bad=self.max_bad_records)
 
   def is_due(self, what: str, step: int, last: int) -> bool:
     """Whether "log", "checkpoint" or "sample" is due after a step."""
@@ -158,6 +168,7 @@ class Stage:
     dataset: what it reads.
     objectives: the loss of each phase, "student" and perhaps "critic".
     optimizers: likewise.
+    learning_rates: the schedule of each optimizer, to be shown.
     alternation: the order of the phases.
     init: the source of each network's first parameters.
     sampling: how the student is sampled.
@@ -179,6 +190,7 @@ class Stage:
   dataset: _data.Dataset
   objectives: dict[Phase, objectives.Objective]
   optimizers: dict[Phase, optax.GradientTransformation]
+  learning_rates: dict[Phase, optax.Schedule]
   alternation: Alternation
   init: dict[str, str]
   sampling: Sampling
@@ -213,6 +225,7 @@ class Stage:
         ema_rate=self.ema_rate,
         micro_batches=self.loop.micro_batches,
         copy_dtype=self.copy_dtype,
+        learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
       for phase, objective in self.objectives.items()
@@ -362,11 +375,12 @@ def read_stage(
   phases: dict[Phase, objectives.Objective] = {
     "student": _objective(section["objective"], kind.objective, given)
   }
-  optimizers: dict[Phase, Any] = {"student": section["optimizer"].call(adamw)}
+  settings: dict[Phase, _config.Section] = {"student": section["optimizer"]}
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
-    optimizers["critic"] = section["critic_optimizer"].call(adamw)
+    settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
+  loop = section.section("loop").call(Loop)
   stage = Stage(
     name=name,
     config=config,
@@ -378,13 +392,14 @@ def read_stage(
     working_copy=section.get("working_copy", False),
     model=model,
     pattern=pattern,
-    dataset=_dataset(section["data"]),
+    dataset=_dataset(section["data"], loop.reading()),
     objectives=phases,
-    optimizers=optimizers,
+    optimizers={phase: s.call(adamw) for phase, s in settings.items()},
+    learning_rates={p: warmed_up(**s.as_dict()) for p, s in settings.items()},
     alternation=section.section("alternation").call(Alternation),
     init=_sources(section.section("init"), kind),
     sampling=sampling,
-    loop=section.section("loop").call(Loop),
+    loop=loop,
     mesh=section.take("mesh", {}),
     rules=sharding.read_rules(section.take("sharding", "wan")),
   )
@@ -448,8 +463,11 @@ def _parts(section: _config.Section) -> tuple[str, ...]:
   return tuple(section["parts"])
 
 
-def _dataset(section: _config.Section) -> _data.Dataset:
-  return section.call(section.choose(_data.DATASETS))
+def _dataset(section: _config.Section, reading: data.Reading) -> _data.Dataset:
+  dataset = section.choose(_data.DATASETS)
+  fields = {field.name for field in dataclasses.fields(dataset)}
+  more = {"reading": reading} if "reading" in fields else {}
+  return section.call(dataset, **more)
 
 
 def _objective(
