@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -52,7 +58,9 @@ def make_mesh(
   )
 
 
-def shard(tree: Any, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
+def shard(
+  tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = REPLICATED
+) -> Any:
   """Returns the sharding of each leaf.
 
   Args:
@@ -89,7 +97,7 @@ def _axes_of(name: str, rules: Rules) -> tuple[str | None, ...]:
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding of a batch: examples over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
