@@ -310,3 +310,26 @@ def test_the_command_plans_the_digits_for_eight_devices(tmp_path):
   assert step["collectives"]["all-reduce"]["bytes"] >= parameters
   assert step["fits"]
   assert step["estimate"]
+
+
+@pytest.mark.parametrize(
+  ("variant", "teacher", "layers"),
+  [
+    ("tf,v5p-128", None, 30),
+    ("tf,14b,v5p-64", None, 40),
+    ("tf_scm,14b_teachers,v5p-32", "teacher", 30),
+    ("sf_dmd,14b_teachers,v5p-64", "real", 30),
+  ],
+)
+def test_the_papers_settings_have_a_planned_topology(variant, teacher, layers):
+  config = training.load_config(f"experiments/configs/paper.py:{variant}")
+  experiment = training.read_experiment(config)
+  topology = plan.parse_topology(experiment.topology)
+  (stage,) = experiment.stages.values()
+  assert math.prod(stage.mesh.values()) == topology.devices
+  assert stage.dataset.shapes().x_0.shape[0] % topology.devices == 0
+  assert stage.model.config.layers == layers
+  if teacher is not None:
+    assert stage.networks[teacher].config.layers == 40
+  if stage.kind.critic:
+    assert stage.networks["fake"] == stage.networks["real"]
