@@ -13,7 +13,7 @@ from crcm_jax.training import sharding
 from crcm_jax.training.plan import Topology
 
 EXAMPLES = """examples:
-  crcm plan experiments/configs/moving_digits.py --topology cpu:8 --mesh data=8
+  crcm plan experiments/configs/moving_digits.py --topology cpu:8
   crcm plan experiments/configs/paper.py:tf,14b,planned
   crcm plan experiments/configs/paper.py:tf_scm --topology h100:8 --mesh fsdp=8
   crcm plan CONFIG --topology v5e:16x16 --stage sf_dmd --json plan.json
@@ -26,7 +26,7 @@ docs/plan.md says how to read the output."""
 def plan(arguments: argparse.Namespace) -> None:
   """Says what each step of a config takes on some devices, and if it fits."""
   config = training.load_config(arguments.config, arguments.overrides)
-  name = arguments.topology or config.get("topology")
+  name: Any = arguments.topology or config.get("topology")
   if name is None:
     raise ValueError(
       "`--topology` must say for which devices; the config has no `topology`."
@@ -45,7 +45,7 @@ def plan(arguments: argparse.Namespace) -> None:
     result
     for stage in stages.values()
     for result in _plan_stage(
-      _with_mesh(stage, arguments.mesh), topology, limit
+      _with_mesh(stage, arguments.mesh, topology), topology, limit
     )
   ]
   if arguments.json is not None:
@@ -77,9 +77,10 @@ def _plan_stage(
 
 
 def _with_mesh(
-  stage: training.Stage, mesh: Mapping[str, int] | None
+  stage: training.Stage, mesh: Mapping[str, int] | None, topology: Topology
 ) -> training.Stage:
-  return stage if mesh is None else dataclasses.replace(stage, mesh=dict(mesh))
+  mesh = planning.mesh_shape(topology, stage.mesh if mesh is None else mesh)
+  return dataclasses.replace(stage, mesh=mesh)
 
 
 def mesh(text: str) -> dict[str, int]:
@@ -132,7 +133,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     "--mesh",
     type=mesh,
     metavar="AXIS=N[,...]",
-    help="devices along data, fsdp, context, tensor, in place of the config's",
+    help="devices along data, fsdp, context and tensor, in place of those in"
+    " the config; data is what the others leave",
   )
   command.add_argument(
     "--memory",

@@ -167,6 +167,16 @@ def test_memory_by_kind_is_that_of_hand_counted_shards():
   assert found.total == pytest.approx(sum(found))
 
 
+def test_data_is_what_the_other_axes_leave():
+  eight = plan.parse_topology("cpu:8")
+  whole = dict(data=4, fsdp=2, context=1, tensor=1)
+  assert plan.mesh_shape(eight, dict(fsdp=2)) == whole
+  assert plan.mesh_shape(eight, whole) == whole
+  for wrong in (dict(fsdp=3), dict(data=1, fsdp=4), dict(tensor=16)):
+    with pytest.raises(ValueError, match=r"must multiply to the 8 devices of"):
+      plan.mesh_shape(eight, wrong)
+
+
 def test_the_batch_must_divide():
   mesh = AbstractMesh((2, 2, 1, 1), sharding.AXES)
   message = r"`config.data.batch_size` must divide by the 4 devices.*; got 2"

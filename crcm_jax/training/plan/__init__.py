@@ -10,6 +10,7 @@ from crcm_jax.training.plan._chips import Chip as Chip
 from crcm_jax.training.plan._chips import CHIPS as CHIPS
 from crcm_jax.training.plan._chips import parse_topology as parse_topology
 from crcm_jax.training.plan._chips import Topology as Topology
+from crcm_jax.training.plan._compile import mesh_shape as mesh_shape
 from crcm_jax.training.plan._compile import prepare as prepare
 from crcm_jax.training.plan._hlo import Moved as Moved
 from crcm_jax.training.plan._hlo import Traffic as Traffic

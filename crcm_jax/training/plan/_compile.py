@@ -91,24 +91,43 @@ def prepare(topology: Topology) -> None:
     )
 
 
-def make_mesh(topology: Topology, shape: Mapping[str, int]) -> Mesh:
+def mesh_shape(
+  topology: Topology, shape: Mapping[str, int | None]
+) -> dict[str, int]:
+  """Returns the devices along each axis.
+
+  Args:
+    topology: which devices.
+    shape: devices along the axes of `sharding.make_mesh`; 1 where left out,
+      and `data` what the others leave.
+
+  Raises:
+    ValueError: if they are not as many as the topology has.
+  """
+  sizes = {axis: shape.get(axis) or 1 for axis in sharding.AXES}
+  if shape.get("data") is None:
+    sizes["data"] = max(1, topology.devices // math.prod(sizes.values()))
+  if math.prod(sizes.values()) != topology.devices:
+    raise ValueError(
+      f"`mesh` must multiply to the {topology.devices} devices of"
+      f" {topology.name}; got {sizes}. Set it, for instance with `--mesh"
+      f" fsdp={topology.devices}`."
+    )
+  return sizes
+
+
+def make_mesh(topology: Topology, shape: Mapping[str, int | None]) -> Mesh:
   """Returns a mesh of a topology's devices.
 
   Args:
     topology: which devices.
-    shape: devices along the axes of `sharding.make_mesh`; 1 where left out.
+    shape: as for `mesh_shape`.
 
   Raises:
     ValueError: if they are not as many as the topology has, or libtpu does not
       know the topology.
   """
-  sizes = tuple(shape.get(axis, 1) for axis in sharding.AXES)
-  if math.prod(sizes) != topology.devices:
-    raise ValueError(
-      f"`mesh` must multiply to the {topology.devices} devices of"
-      f" {topology.name}; got {dict(zip(sharding.AXES, sizes, strict=True))}."
-      f" Set it, for instance with `--mesh fsdp={topology.devices}`."
-    )
+  sizes = tuple(mesh_shape(topology, shape).values())
   if topology.chip.platform == "tpu":
     devices = list(_tpu_devices(topology.name))
     grid = mesh_utils.create_device_mesh(
