@@ -19,6 +19,7 @@ from crcm_jax import models, training
 from crcm_jax.commands import _workdir, CACHE
 from crcm_jax.commands import convert as convert_command
 from crcm_jax.commands import encode as encode_command
+from crcm_jax.commands import plan as plan_command
 from crcm_jax.commands import sample as sample_command
 from crcm_jax.commands import vbench as vbench_command
 from crcm_jax.training import _config, _networks
@@ -51,6 +52,7 @@ step, hash) and NAME.log.jsonl holds the training's metrics.""",
   "encode": encode_command.EXAMPLES,
   "vbench-clips": vbench_command.CLIPS_EXAMPLES,
   "vbench-score": vbench_command.SCORE_EXAMPLES,
+  "plan": plan_command.EXAMPLES,
   "print-config": f"""examples:
   crcm print-config --config {_DIGITS}:gpu
   crcm print-config --config {_DIGITS} --config.seed=1""",
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   if unknown := [word for word in rest if not _is_change(word)]:
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")
   if overrides and "config" not in arguments:
-    parser.error("only `train` and `print-config` take --config.KEY=VALUE")
+    parser.error(
+      "only `train`, `plan` and `print-config` take --config.KEY=VALUE"
+    )
   _log_to_stderr()
   _keep_compiled_programs()
   arguments.overrides = overrides
@@ -289,6 +293,7 @@ def _add_others(commands: Any) -> None:
   sample_command.add_arguments(_add(commands, "sample", sample_command.sample))
   convert = _add(commands, "convert", convert_command.convert)
   convert_command.add_arguments(convert)
+  plan_command.add_arguments(_add(commands, "plan", plan_command.plan))
   encode = _add(commands, "encode", encode_command.encode)
   encode_command.add_arguments(encode)
   clips = _add(commands, "vbench-clips", vbench_command.write_clips)

@@ -103,7 +103,8 @@ def main(stage, *meshes):
 
   jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  if "FAST" in os.environ: jax.config.update("jax_disable_most_optimizations", True)
+  if "FAST" in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
   # An optimizer whose state is the gradient.
   record = optax.GradientTransformation(

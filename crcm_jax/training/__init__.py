@@ -1,5 +1,6 @@
 """Training: state, objectives, train step, and the loop around them."""
 
+from crcm_jax.training import flops as flops
 from crcm_jax.training import objectives as objectives
 from crcm_jax.training import sharding as sharding
 from crcm_jax.training._checkpoints import Checkpoints as Checkpoints

@@ -55,11 +55,14 @@ class Experiment:
   Attributes:
     stages: the stages in order.
     evaluation: how it is evaluated; None for not.
+    topology: the devices that it is planned for (`crcm plan`), such as
+      "v5p:4x4x4"; None for any.
     config: the whole config as JSON values.
   """
 
   stages: dict[str, Stage]
   evaluation: Evaluation | None
+  topology: str | None
   config: dict[str, Any]
 
 
@@ -81,12 +84,14 @@ def read_experiment(config: Any) -> Experiment:
   evaluation = None
   if "evaluation" in root:
     evaluation = root["evaluation"].call(Evaluation)
+  topology = root.get("topology")
   root.check_all_read()
   return Experiment(
     stages={
       name: read_stage(name, _merge(shared, own[name]), names) for name in names
     },
     evaluation=evaluation,
+    topology=topology,
     config=config,
   )
 

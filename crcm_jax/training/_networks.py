@@ -197,14 +197,15 @@ def adopt(
   expected, given = _flat(param_shapes(model)), _flat(params)
   if missing := sorted(expected.keys() ^ given.keys()):
     raise ValueError(
-      f"`{name}` must have the parameters of `config.network`; not in both:"
-      f" {missing[:3]}."
+      f"`{name}` must have the parameters of `config.network`, or of what"
+      f" `networks` makes of it; not in both: {missing[:3]}."
     )
   for path, leaf in expected.items():
     if leaf.shape != given[path].shape:
       raise ValueError(
-        f"`{name}` must have the sizes of `config.network`, {path}:"
-        f" {leaf.shape}; got {given[path].shape}."
+        f"`{name}` must have the sizes of `config.network`, or of what"
+        f" `networks` makes of it, {path}: {leaf.shape}; got"
+        f" {given[path].shape}."
       )
   return jax.tree.map(
     lambda leaf, like: jnp.asarray(leaf, like.dtype),

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crcm_jax.training._rules import (
   CACHE_BY_HEADS,
@@ -56,7 +56,7 @@ class Placement:
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
-def size_of(mesh: Mesh, axes: Any) -> int:
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
   """Returns the devices along the axis or axes of one dimension."""
   names = (axes,) if isinstance(axes, str) else axes or ()
   return math.prod(mesh.shape[name] for name in names)

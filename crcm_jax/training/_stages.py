@@ -20,6 +20,11 @@ and with a critic
 
     critic=dict(...), critic_optimizer=dict(...), alternation=dict(...)
 
+Teachers and critic have the student's network but for what `networks` changes,
+and the critic has that of the bidirectional teacher, which it starts as:
+
+    networks=dict(real=dict(layers=40, width=5120, ...), teacher=dict(...))
+
 The objective `joint` adds up others, each from its own iteration on:
 
     objective=dict(
@@ -163,7 +168,9 @@ class Stage:
     ema_rate: relative width of the student's moving average.
     working_copy: whether networks read a copy of their matrices in the dtype
       that they compute in, made once a step, and frozen ones are kept in it.
-    model: the network; teachers and critic have the same architecture.
+    model: the student's network.
+    networks: the network of each of "teacher", "real" and "fake" that the
+      stage has.
     pattern: the student's chunks; None if it is bidirectional.
     dataset: what it reads.
     objectives: the loss of each phase, "student" and perhaps "critic".
@@ -186,6 +193,7 @@ class Stage:
   ema_rate: float
   working_copy: bool
   model: models.Wan
+  networks: dict[str, models.Wan]
   pattern: ChunkPattern | None
   dataset: _data.Dataset
   objectives: dict[Phase, objectives.Objective]
@@ -205,7 +213,8 @@ class Stage:
       ValueError: if batch, heads or tokens do not divide by their devices.
     """
     video = self.dataset.shapes().x_0.shape
-    sharding.check_stage(mesh.shape, self.model.config, video)
+    for network in (self.model, *self.networks.values()):
+      sharding.check_stage(mesh.shape, network.config, video)
     return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:
@@ -244,10 +253,22 @@ class Stage:
     """Returns the shapes and dtypes of the state."""
 
     def fresh() -> TrainState:
-      params = _networks.init_params(self.model, jax.random.key(0))
-      return self._state(params, params if self.kind.critic else None)
+      key = jax.random.key(0)
+      student = _networks.init_params(self.model, key)
+      if not self.kind.critic:
+        return self._state(student, None)
+      fake = _networks.init_params(self.networks["fake"], key)
+      return self._state(student, fake)
 
     return jax.eval_shape(fresh)
+
+  def frozen_shapes(self) -> dict[str, Params]:
+    """Returns the shapes and dtypes of what `load_frozen` returns."""
+    shapes = {
+      role: _networks.param_shapes(self.networks[role])
+      for role in self.kind.frozen
+    }
+    return jax.eval_shape(self._as_read, shapes)
 
   def init_state(self, experiment: pathlib.Path) -> TrainState:
     """Returns the state before the first iteration.
@@ -268,10 +289,14 @@ class Stage:
 
   def load_frozen(self, experiment: pathlib.Path) -> dict[str, Params]:
     """Returns the parameters that the objectives need and do not train."""
-    loaded = {r: self.load_role(r, experiment) for r in self.kind.frozen}
+    return self._as_read(
+      {role: self.load_role(role, experiment) for role in self.kind.frozen}
+    )
+
+  def _as_read(self, frozen: dict[str, Params]) -> dict[str, Params]:
     if self.copy_dtype is None:
-      return loaded
-    return models.working_copy(loaded, self.copy_dtype)
+      return frozen
+    return models.working_copy(frozen, self.copy_dtype)
 
   def load_role(self, role: str, experiment: pathlib.Path) -> Params:
     """Loads the network that plays a role from its source.
@@ -286,6 +311,7 @@ class Stage:
     return self._adopt(
       self.init[role],
       experiment,
+      self.networks.get(role, self.model),
       None if role in ("real", "fake") else self.pattern,
       f"config.{self.name}.init.{role}",
     )
@@ -300,19 +326,20 @@ class Stage:
     Raises:
       ValueError: if the source is missing, or its network does not fit.
     """
-    return self._adopt(source, experiment, self.pattern, source)
+    return self._adopt(source, experiment, self.model, self.pattern, source)
 
   def _adopt(
     self,
     source: str,
     experiment: pathlib.Path,
+    model: models.Wan,
     pattern: ChunkPattern | None,
     name: str,
   ) -> Params:
     origin = _networks.load_source(
       source, workdir=experiment, stages=self.stages
     )
-    return _networks.adopt(origin, self.model, pattern=pattern, name=name)
+    return _networks.adopt(origin, model, pattern=pattern, name=name)
 
   def sampler(self) -> Generator:
     """Returns the sampler of the student."""
@@ -352,8 +379,13 @@ def read_stage(
   section["stage"]
   kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
+  networks = _other_networks(section, config["network"], kind)
   if mesh is not None:
     model = sharding.shard_model(model, mesh)
+    networks = {
+      role: sharding.shard_model(network, mesh)
+      for role, network in networks.items()
+    }
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
   else:
@@ -361,7 +393,8 @@ def read_stage(
     section.take("pattern")
   sampling = section.section("sampling").call(Sampling)
   given = {
-    **dict.fromkeys(("student", "teacher", "real", "fake"), model),
+    "student": model,
+    **networks,
     "pattern": pattern,
     "mid_times": sampling.mid_times[str(sampling.most_steps)],
     "solver": sampling.solver,
@@ -391,6 +424,7 @@ def read_stage(
     ema_rate=section.get("ema_rate", 0.1),
     working_copy=section.get("working_copy", False),
     model=model,
+    networks=networks,
     pattern=pattern,
     dataset=_dataset(section["data"], loop.reading()),
     objectives=phases,
@@ -405,6 +439,24 @@ def read_stage(
   )
   section.check_all_read()
   return stage
+
+
+def _other_networks(
+  section: _config.Section, student: Mapping[str, Any], kind: Kind
+) -> dict[str, models.Wan]:
+  """Returns the networks of teachers and critic: the student's, changed.
+
+  The critic starts as a copy of the bidirectional teacher and is made like it.
+  """
+  changes = section.section("networks")
+  roles = {role: changes.take(role, {}) for role in kind.frozen}
+  if kind.critic:
+    roles["fake"] = roles["real"] | changes.take("fake", {})
+  networks = {}
+  for role, changed in roles.items():
+    merged = _config.Section({**student, **changed}, f"networks.{role}")
+    networks[role] = models.Wan(merged.call(models.WanConfig))
+  return networks
 
 
 def _check_solver(sampling: Sampling, model: models.Wan) -> None:

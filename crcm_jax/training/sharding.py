@@ -8,7 +8,13 @@ rules (`WAN_RULES`), activations by those of a `Placement`, and attention by
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from crcm_jax import models
 from crcm_jax.training import _mesh_checks
@@ -76,7 +82,9 @@ def shard_model(model: models.Wan, mesh: Mesh) -> models.Wan:
   )
 
 
-def shard(tree: Any, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
+def shard(
+  tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = REPLICATED
+) -> Any:
   """Returns the sharding of each leaf.
 
   Args:
@@ -101,7 +109,9 @@ def shard(tree: Any, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
   return jax.tree.map_with_path(one, tree)
 
 
-def _check_fits(name: str, shape: Any, spec: Any, mesh: Mesh) -> None:
+def _check_fits(
+  name: str, shape: Any, spec: Any, mesh: Mesh | AbstractMesh
+) -> None:
   if len(spec) > len(shape):
     raise ValueError(
       f"`rules` must give {name} at most {len(shape)} axes; got {tuple(spec)}."
@@ -115,7 +125,7 @@ def _check_fits(name: str, shape: Any, spec: Any, mesh: Mesh) -> None:
       )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding of a batch: examples over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
 

@@ -15,9 +15,16 @@ chunks of 3-3 frames and four steps.
   all      tf, tf_scm and sf_dmd, one after another
 
   1.3b, 14b                       the network
+  14b_teachers                    1.3b, teachers and critic of 14b
   c1-1, c3-3, c1-4                frames of the first and of each later chunk
   4step, 2step, 1step             steps of the chunks after the first
   2step_noisy                     two steps, and noisy chunks in the cache
+  v5p-32, v5p-64, v5p-128         TPUs to plan for, and a mesh of them
+
+Planned by `crcm plan` (docs/plan.md), the four settings of Table 3:
+
+  tf,v5p-128  tf,14b,v5p-64  tf_scm,14b_teachers,v5p-32
+  sf_dmd,14b_teachers,v5p-64
 
 The data are random latents of the size of 81 frames of 832 x 480 pixels: speed
 and memory are real, quality is not. The paper trained on tens of H100 GPUs;
@@ -36,6 +43,15 @@ SIZES = {
   "1.3b": dict(layers=30, width=1536, heads=12, ffn_width=8960),
   "14b": dict(layers=40, width=5120, heads=40, ffn_width=13824),
 }
+
+TEACHERS = {"14b_teachers": "14b"}
+
+SLICES = {
+  "v5p-32": dict(topology="v5p:2x4x4", mesh=dict(fsdp=32)),
+  "v5p-64": dict(topology="v5p:4x4x4", mesh=dict(fsdp=64)),
+  "v5p-128": dict(topology="v5p:4x4x8", mesh=dict(fsdp=128)),
+}
+"""TPU slices to plan for, by their number of chips."""
 
 PATTERNS = {
   "c1-1": dict(first=1, rest=1),
@@ -61,10 +77,13 @@ def get_config(variant: str = "tf") -> ml_collections.ConfigDict:
   size = _choice(options, SIZES, "1.3b")
   pattern = _choice(options, PATTERNS, "c3-3")
   steps = _choice(options, SAMPLING, "4step")
+  teachers = TEACHERS.get(_choice(options, TEACHERS, ""), size)
+  planned = SLICES.get(_choice(options, SLICES, ""), {})
   if stage not in (*STAGES, "all") or options:
     raise ValueError(
       f"the variant must be one of {(*STAGES, 'all')}, then any of"
-      f" {[*SIZES, *PATTERNS, *SAMPLING]}, with commas; got {variant!r}."
+      f" {[*SIZES, *TEACHERS, *PATTERNS, *SAMPLING, *SLICES]}, with commas;"
+      f" got {variant!r}."
     )
   stages = ("tf", "tf_scm", "sf_dmd") if stage == "all" else (stage,)
   build = dict(
@@ -75,13 +94,25 @@ def get_config(variant: str = "tf") -> ml_collections.ConfigDict:
     sf_dmd=_sf_dmd,
     tf_scm_sf_dmd=_tf_scm_sf_dmd,
   )
+  sections = {name: build[name](size, stages) for name in stages}
+  if teachers != size:
+    sections = {k: _beside(v, teachers) for k, v in sections.items()}
+  shared = _shared(size, pattern, steps)
+  shared["mesh"] |= planned.get("mesh", {})
   return ml_collections.ConfigDict(
-    dict(
-      stages=stages,
-      **_shared(size, pattern, steps),
-      **{name: build[name](size, stages) for name in stages},
-    )
+    dict(stages=stages, **shared, **sections)
+    | {key: planned[key] for key in planned if key != "mesh"}
   ).lock()
+
+
+def _beside(config: dict[str, Any], size: str) -> dict[str, Any]:
+  """Gives a stage teachers (and a critic) of another size."""
+  sources = dict(teacher=f"weights/tf_{size}.safetensors", real=_wan(size))
+  sources = {k: v for k, v in sources.items() if k in config["init"]}
+  return config | dict(
+    networks={role: SIZES[size] for role in sources},
+    init=config["init"] | sources,
+  )
 
 
 def _choice(options: list[str], choices: dict[str, Any], default: str) -> str:

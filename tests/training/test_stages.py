@@ -122,6 +122,42 @@ def test_the_fake_score_starts_as_a_copy_of_the_bidirectional_teacher(trained):
   jax.tree.map(np.testing.assert_array_equal, state.fake, frozen["real"])
 
 
+def test_teachers_and_critic_may_be_larger_than_the_student(trained):
+  stage = read(
+    stages=("diffusion", "matching"),
+    matching=tiny.SELF_FORCING
+    | dict(
+      network=dict(width=4),
+      networks=dict(real=dict(width=8)),
+      init=dict(real="diffusion"),
+    ),
+  ).stages["matching"]
+  state, frozen = stage.init_state(trained), stage.load_frozen(trained)
+  width = lambda params: params["patch_embedding"]["kernel"].shape[-1]
+  assert width(state.student) == width(state.ema) == 4
+  assert width(state.fake) == width(frozen["real"]) == 8
+  like = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+  assert like(stage.state_shapes()) == like(state)
+  assert like(stage.frozen_shapes()) == like(frozen)
+  batch = next(stage.dataset.batches(trained, 0))
+  for step in stage.train_steps().values():
+    new, _ = jax.eval_shape(step, state, frozen, batch, stage.run_key())
+    assert like(new) == like(state)
+
+
+def test_networks_are_of_roles_that_the_stage_has():
+  with pytest.raises(ValueError, match=r"`config.matching.networks.teacher`"):
+    read(
+      stages=("diffusion", "matching"),
+      matching=tiny.SELF_FORCING | dict(networks=dict(teacher=dict(width=4))),
+    )
+  with pytest.raises(ValueError, match=r"`networks.real.widht` is not a sett"):
+    read(
+      stages=("diffusion", "matching"),
+      matching=tiny.SELF_FORCING | dict(networks=dict(real=dict(widht=4))),
+    )
+
+
 def test_a_stage_that_is_not_trained_yet_is_named(tmp_path):
   stage = tiny.stage(init=dict(student="diffusion"))
   with pytest.raises(ValueError, match=r"must be the workdir of a stage that"):
