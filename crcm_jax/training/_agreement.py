@@ -51,11 +51,11 @@ def _check_same(config: Mapping[str, Any]) -> None:
     "hash": _config.config_hash(config),
     "versions": versions,
   }
-  first, *others = everyone = _processes.gather(mine)
+  first, *others = everyone = _gather(mine)
   same = lambda one: {**one, "host": None} == {**first, "host": None}
   if all(map(same, others)):
     return
-  configs = _processes.gather(_config.as_dict(config))
+  configs = _gather(_config.as_dict(config))
   texts = [
     _difference(i, everyone, configs)
     for i, one in enumerate(everyone)
@@ -87,10 +87,10 @@ def _check_shared(workdir: pathlib.Path) -> None:
   if _processes.is_first_process():
     token = workdir / f".process-0-{uuid.uuid4().hex}"
     error = _write(token)
-  name, error = _processes.gather([token and token.name, error])[0]
+  name, error = _gather([token and token.name, error])[0]
   seen = error is not None or _appears(workdir / name)
   mine = None if seen else f"process {jax.process_index()} in {_where(workdir)}"
-  blind = [text for text in _processes.gather(mine) if text]
+  blind = [text for text in _gather(mine) if text]
   if token is not None:
     with contextlib.suppress(OSError):
       token.unlink()
@@ -128,3 +128,7 @@ def _appears(token: pathlib.Path) -> bool:
 
 def _where(workdir: pathlib.Path) -> str:
   return f"{str(workdir.absolute())!r} on {socket.gethostname()}"
+
+
+def _gather(value: Any) -> list[Any]:
+  return _processes.gather(value, _processes.start_timeout())

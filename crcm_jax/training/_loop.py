@@ -114,6 +114,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
           f"{stage.name} was stopped and saved at step {step}; the same"
           " command goes on from there."
         )
+  _processes.wait_for_all()
   return state
 
 

@@ -27,6 +27,7 @@ START_TIMEOUT = 300.0
 """Seconds that processes wait for each other, unless told otherwise."""
 
 _HEARTBEAT = 100.0  # seconds after which a silent process counts as dead
+_DAY = 86400.0  # seconds; who is dead by then is long known to be
 _PATIENCE = 5.0  # seconds until an error that all raise is raised by all
 _WATCH = 1.0  # seconds between two looks whether another process failed
 
@@ -143,11 +144,13 @@ def is_first_process() -> bool:
   return jax.process_index() == 0
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, timeout: float = _DAY) -> list[Any]:
   """Returns the value of each process, in their order.
 
   Args:
     value: JSON values; all processes must call this equally often.
+    timeout: seconds to wait for the others. One that dies meanwhile is found
+      sooner, by its heartbeat.
 
   Raises:
     TimeoutError: if a process does not come in time.
@@ -157,13 +160,21 @@ def gather(value: Any) -> list[Any]:
     return [value]
   store, call = _jax_distributed.Store(), next(_calls)
   store.put(f"{call}/{jax.process_index()}", json.dumps(value))
-  texts = [store.get(f"{call}/{i}", _timeout) for i in range(count)]
+  texts = [store.get(f"{call}/{i}", timeout) for i in range(count)]
   if missing := [i for i, text in enumerate(texts) if text is None]:
     raise TimeoutError(
-      f"processes {missing} did not come within {_timeout:g} seconds; see what"
+      f"processes {missing} did not come within {timeout:g} seconds; see what"
       " they print."
     )
   return [json.loads(text) for text in texts if text is not None]
+
+
+def wait_for_all() -> None:
+  """Waits until all processes are here.
+
+  What the first one wrote before is then there for all.
+  """
+  gather(None)
 
 
 @contextlib.contextmanager
@@ -202,6 +213,7 @@ def _end_all(reason: str) -> None:
     _jax_distributed.Store().put(
       "failure", json.dumps([jax.process_index(), f"{here} failed: {reason}"])
     )
+  time.sleep(3 * _WATCH)  # They say why, before they find this one gone.
   _leave()
 
 
@@ -222,7 +234,7 @@ def _leave() -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   if is_first_process():
-    time.sleep(3 * _WATCH)
+    time.sleep(2 * _WATCH)
   os._exit(1)
 
 
