@@ -20,7 +20,7 @@ import jax
 from crcm_jax._version import __version__
 from crcm_jax.training import _config, _processes
 
-_SIGHT = 60.0  # seconds within which a network file system shows a new file
+_SIGHT = 60.0  # seconds in which a network file system shows a new file
 _SHOWN = 5  # differing keys to name
 
 
@@ -116,7 +116,7 @@ def _write(token: pathlib.Path) -> str | None:
 
 def _appears(token: pathlib.Path) -> bool:
   """Waits for a file, as long as a network file system may take."""
-  end = time.monotonic() + min(_SIGHT, _processes.start_timeout())
+  end = time.monotonic() + min(_SIGHT, _processes.start_timeout() / 4)
   while time.monotonic() < end:
     # Listing the folder makes a network file system look again.
     with contextlib.suppress(OSError):
