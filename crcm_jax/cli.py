@@ -20,6 +20,7 @@ from crcm_jax.commands import _workdir, CACHE
 from crcm_jax.commands import convert as convert_command
 from crcm_jax.commands import encode as encode_command
 from crcm_jax.commands import plan as plan_command
+from crcm_jax.commands import processes as processes_command
 from crcm_jax.commands import sample as sample_command
 from crcm_jax.commands import vbench as vbench_command
 from crcm_jax.training import _config, _networks
@@ -35,7 +36,9 @@ _EXAMPLES = {
   crcm train --config {_DIGITS}:runlocal --workdir /tmp/try --config.seed=1
 
 The same command goes on where a run was stopped. Afterwards the workdir has a
-folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.""",
+folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.
+"""
+  + processes_command.EXAMPLES,
   "sample": sample_command.EXAMPLES,
   "evaluate": """examples:
   crcm evaluate runs/digits
@@ -95,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
   """Trains all stages of a config, or one, and writes the report."""
+  processes_command.initialize(arguments)
+  with training.ending_together():
+    _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
   config = training.load_config(arguments.config, arguments.overrides)
   experiment = training.read_experiment(config)
   folders = _folders(arguments)
@@ -102,12 +111,20 @@ def train(arguments: argparse.Namespace) -> None:
     chosen = list(experiment.stages.values())
   else:
     chosen = [_stage_named(experiment, arguments.stage)]
-  folders.experiment.mkdir(parents=True, exist_ok=True)
-  record = {"command": arguments.command, "config": experiment.config}
-  _write_json(folders.experiment / "experiment.json", record)
+  training.check_start(
+    {**experiment.config, "--stage": arguments.stage}, folders.experiment
+  )
+  first = training.is_first_process()
+  if first:
+    folders.experiment.mkdir(parents=True, exist_ok=True)
+    record = {"command": arguments.command, "config": experiment.config}
+    _write_json(folders.experiment / "experiment.json", record)
+  else:
+    _LOG.setLevel(logging.WARNING)
   start = time.monotonic()
   for stage in chosen:
-    _write_command(folders.experiment / stage.name, arguments.command)
+    if first:
+      _write_command(folders.experiment / stage.name, arguments.command)
     training.train_stage(stage, folders)
   if arguments.stage is None and experiment.evaluation is not None:
     _report(experiment, folders, arguments.command)
@@ -163,7 +180,8 @@ def _report(
     command=command,
     on_row=lambda name, row: _LOG.info("%s: %s", name, _row_text(row)),
   )
-  print(f"The report is {report.absolute()}")
+  if training.is_first_process():
+    print(f"The report is {report.absolute()}")
 
 
 def _row_text(row: dict[str, float]) -> str:
@@ -271,6 +289,7 @@ def _add_train(commands: Any) -> None:
     "--stage", help="train this stage only, and write no report"
   )
   _add_data_dir(command)
+  processes_command.add_arguments(command)
 
 
 def _add_evaluate(commands: Any) -> None:

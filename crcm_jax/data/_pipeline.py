@@ -1,6 +1,6 @@
 """Batches of moving digits: TFDS random access, then Grain.
 
-  clips -> latents, text -> shuffle -> this process's share -> epochs -> batches
+  clips -> latents, text -> shuffle -> epochs -> this process's rows -> batches
 
 Grain indexes every step of this chain, so an iterator's position is one
 number: `get_state()` and `set_state(state)` resume exactly.
@@ -66,13 +66,12 @@ def moving_digits_batches(
   epochs: int | None = None,
   in_memory: bool = False,
   reading: _reading.Reading | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> _reading.Batches:
   """Iterates over batches of latents and caption embeddings, for training.
 
-  Within an epoch the processes read disjoint clips, and all of them together,
-  except a remainder that does not divide among processes or into batches.
+  The batches are the same, in the same order, however many processes read
+  their rows. What is left of the last epoch and fills no batch is left out.
 
   Args:
     builder: what `prepare_moving_digits` returned.
@@ -86,20 +85,21 @@ def moving_digits_batches(
       9 frames, a few seconds), which then feeds an accelerator several times
       faster. The batches are the same.
     reading: worker processes, and how many bad records to skip.
-    process_index: of this process, `jax.process_index()`.
-    process_count: of all processes, `jax.process_count()`.
+    rows: of each batch, the examples that this process reads, such as (2, 3)
+      for the second of two processes; None for all. `sharding.local_rows`
+      names those of its devices.
 
   Returns:
     An iterator of float32 NumPy arrays: `x_0`
-    `[batch_size / process_count, frames, 8, 8, 16]`, `condition` and
-    `null_condition` `[batch_size / process_count, 8, 32]`.
+    `[len(rows), frames, 8, 8, 16]`, `condition` and `null_condition`
+    `[len(rows), 8, 32]`.
 
   Raises:
     ImportError: if the extra `data` is missing.
-    ValueError: if `batch_size` does not divide among the processes, there are
-      too few clips for a batch, or the clips have fewer than `frames` frames.
+    ValueError: if `rows` are not of the batch, there are too few clips for a
+      batch, or the clips have fewer than `frames` frames.
   """
-  check_processes(batch_size, process_index, process_count)
+  rows = check_rows(batch_size, rows)
   _check_clips(builder, split, frames)
   reading = reading or _reading.Reading()
   clips: Any = _reading.Examples(
@@ -117,8 +117,7 @@ def moving_digits_batches(
     seed=seed,
     shuffle=shuffle,
     epochs=epochs,
-    process_index=process_index,
-    process_count=process_count,
+    rows=rows,
   )
 
 
@@ -130,16 +129,30 @@ def batches(
   seed: int,
   shuffle: bool,
   epochs: int | None,
-  process_index: int,
-  process_count: int,
+  rows: Sequence[int],
 ) -> _reading.Batches:
-  """Iterates over a process's share of a Grain dataset of `Read` examples."""
+  """Iterates over rows of the batches of a Grain dataset of `Read` examples."""
   if shuffle:
     examples = examples.shuffle(seed=seed)
-  stop = len(examples) // process_count * process_count
-  share = examples[process_index:stop:process_count].repeat(epochs)
-  reads = _batched(share, batch_size // process_count, _reading.stack)
-  return _reading.Batches(reads, reading)
+  stream = examples.repeat(epochs)
+  _check_enough(stream, batch_size)
+  grain = require("grain", extra="data")
+  share = grain.MapDataset.source(_Rows(stream, batch_size, rows))
+  return _reading.Batches(_batched(share, len(rows), _reading.stack), reading)
+
+
+class _Rows:
+  """Some rows of each batch of a stream, one after the other."""
+
+  def __init__(self, stream: Any, batch_size: int, rows: Sequence[int]):
+    self._stream, self._batch_size, self._rows = stream, batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._stream) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Any:
+    batch, row = divmod(index, len(self._rows))
+    return self._stream[batch * self._batch_size + self._rows[row]]
 
 
 def labelled_moving_digits(
@@ -163,24 +176,26 @@ def labelled_moving_digits(
   _check_clips(builder, split, frames)
   grain = require("grain", extra="data")
   clips = grain.MapDataset.source(_reading.Records(builder.data_dir, split))
+  _check_enough(clips, batch_size)
   make = functools.partial(_labelled_batch, frames=frames)
   return iter(_reading.read_ahead(_batched(clips, batch_size, make)))
 
 
-def check_processes(batch_size: int, index: int, count: int) -> None:
-  """Raises a ValueError if a batch does not divide among the processes."""
-  if not 0 <= index < count:
+def check_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+  """Returns the rows to read, all for None; raises if they are not there."""
+  if batch_size < 1:
     raise ValueError(
-      f"`process_index` must lie in [0, {count}), `process_count` being"
-      f" {count}; got {index}. Pass `jax.process_index()` and"
-      " `jax.process_count()`."
+      "`batch_size` must be at least 1, for it counts the clips of all"
+      f" processes together; got {batch_size}."
     )
-  if batch_size < 1 or batch_size % count:
+  rows = range(batch_size) if rows is None else rows
+  if not rows or min(rows) < 0 or max(rows) >= batch_size:
     raise ValueError(
-      f"`batch_size` must be a positive multiple of the {count} processes, for"
-      f" it counts the clips of all together; got {batch_size}. The next larger"
-      f" one is {(max(batch_size, 0) // count + 1) * count}."
+      f"`rows` must lie in [0, {batch_size}), `batch_size` being {batch_size},"
+      f" and be at least one; got {list(rows)}. Pass"
+      " `sharding.local_rows(mesh, batch_size)`."
     )
+  return rows
 
 
 def _check_clips(builder: Any, split: str, frames: int) -> None:
@@ -209,12 +224,15 @@ def _batched(
   clips: Any, batch_size: int, make: Callable[[Sequence[Any]], Any]
 ) -> Any:
   """Returns a Grain dataset of whole batches."""
+  return clips.batch(batch_size, drop_remainder=True, batch_fn=make)
+
+
+def _check_enough(clips: Any, batch_size: int) -> None:
   if len(clips) < batch_size:
     raise ValueError(
-      f"`batch_size` must be at most the {len(clips)} clips that a process"
-      f" reads; got {batch_size} for each process. Prepare more clips."
+      f"`batch_size` must be at most the {len(clips)} clips that there are; got"
+      f" {batch_size}. Prepare more clips."
     )
-  return clips.batch(batch_size, drop_remainder=True, batch_fn=make)
 
 
 def _encode(clip: dict[str, Any], frames: int) -> Batch:

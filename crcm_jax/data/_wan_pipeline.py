@@ -5,7 +5,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,13 +157,12 @@ def wan_latents_batches(
   shuffle: bool = True,
   epochs: int | None = None,
   reading: _reading.Reading | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> _reading.Batches:
   """Iterates over batches of a prepared dataset, for training.
 
-  Within an epoch the processes read disjoint videos, and all of them together,
-  except a remainder that does not divide among processes or into batches.
+  The batches are the same, in the same order, however many processes read
+  their rows. What is left of the last epoch and fills no batch is left out.
 
   Args:
     folder: what `prepare_wan_latents` returned.
@@ -173,8 +172,9 @@ def wan_latents_batches(
     shuffle: False keeps the order of the files.
     epochs: how often each video is read; None is for ever.
     reading: worker processes, and how many bad records to skip.
-    process_index: of this process, `jax.process_index()`.
-    process_count: of all processes, `jax.process_count()`.
+    rows: of each batch, the examples that this process reads, such as (2, 3)
+      for the second of two processes; None for all. `sharding.local_rows`
+      names those of its devices.
 
   Returns:
     An iterator of float32 NumPy arrays.
@@ -182,10 +182,10 @@ def wan_latents_batches(
   Raises:
     ImportError: if the extra `data` is missing.
     FileNotFoundError: if there is no dataset.
-    ValueError: if `batch_size` does not divide among the processes, there are
-      too few videos for a batch, or they are shorter than `frames`.
+    ValueError: if `rows` are not of the batch, there are too few videos for a
+      batch, or they are shorter than `frames`.
   """
-  _pipeline.check_processes(batch_size, process_index, process_count)
+  rows = _pipeline.check_rows(batch_size, rows)
   info = describe_wan_latents(folder)
   frames = info.latents[0] if frames is None else frames
   if not 1 <= frames <= info.latents[0]:
@@ -208,8 +208,7 @@ def wan_latents_batches(
     seed=seed,
     shuffle=shuffle,
     epochs=epochs,
-    process_index=process_index,
-    process_count=process_count,
+    rows=rows,
   )
 
 

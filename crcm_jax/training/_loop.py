@@ -22,8 +22,8 @@ import jax
 import numpy as np
 import tqdm
 
-from crcm_jax import evaluation
-from crcm_jax.training import _writers, sharding
+from crcm_jax import data, evaluation
+from crcm_jax.training import _agreement, _processes, _writers, sharding
 from crcm_jax.training._checkpoints import Checkpoints
 from crcm_jax.training._config import config_hash
 from crcm_jax.training._feed import Feed
@@ -69,28 +69,31 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     The state after the last step; its checkpoint is written.
 
   Raises:
-    ValueError: if the workdir belongs to another config.
+    ValueError: if the workdir belongs to another config, or the processes run
+      different ones.
+    OSError: if the processes do not share the workdir.
     NonFiniteUpdate: at the first update that is not finite, unless
       `config.loop.allow_skipped` allows it.
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   workdir = folders.experiment / stage.name
+  _agreement.check_start(stage.config, workdir)
   mesh = sharding.make_mesh(**stage.mesh)
   stage = stage.on(mesh)
   checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
-  batches = stage.dataset.batches(folders.data, stage.seed)
+  batches = _batches(stage, folders.data, mesh)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
     state = stage.init_state(folders.experiment)
-    state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, like))
+    state = sharding.place(state, jax.tree.map(lambda a: a.sharding, like))
   else:
     state = restored.state
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
   frozen = stage.load_frozen(folders.experiment)
-  frozen = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
+  frozen = sharding.place(frozen, sharding.shard(frozen, mesh, stage.rules))
 
   first = int(state.step)
   _describe(stage, workdir, like)
@@ -102,27 +105,30 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   place = functools.partial(sharding.place_batch, mesh=mesh)
   with (
     run.closing(),
-    _stop_signal() as stop,
+    _stop_signal() as asked,
     _bar(stage, first) as bar,
     contextlib.closing(
       Feed(batches, place, meter, bar.set_postfix_str)
     ) as feed,
   ):
+    stop = _processes.AnyProcess(asked)
     for step in range(first + 1, stage.steps + 1):
       phase = stage.phase(step - 1)
       batch = next(feed)
       state, metrics = steps[phase](state, frozen, batch, key)
       meter.started(metrics)
       run.report(bar, step, phase, metrics)
-      if stop.is_set() or stage.loop.is_due("checkpoint", step, stage.steps):
+      stopping = stop.is_set(now=step == stage.steps)
+      if stopping or stage.loop.is_due("checkpoint", step, stage.steps):
         run.save(step, state, feed.get_state())
       if stage.loop.is_due("sample", step, stage.steps):
         run.sample(step, state.ema, batch)
-      if stop.is_set():
+      if stopping:
         raise Interrupted(
           f"{stage.name} was stopped and saved at step {step}; the same"
           " command goes on from there."
         )
+  _processes.wait_for_all()
   return state
 
 
@@ -194,7 +200,7 @@ class _Run:
     if self._sampler is None:
       self._sampler = self._stage.sampler()
     few = jax.tree.map(lambda a: a[:CLIPS], batch)
-    latents = self._sampler(params, jax.random.key(0), few)
+    latents = sharding.fetch(self._sampler(params, jax.random.key(0), few))
     videos = np.asarray(self._stage.dataset.decode(latents))
     names = [f"clip{i}" for i in range(len(videos))]
     self._writer.videos(step, dict(zip(names, videos, strict=True)))
@@ -224,6 +230,14 @@ class _Run:
     )
 
 
+def _batches(
+  stage: Stage, folder: pathlib.Path, mesh: jax.sharding.Mesh
+) -> data.BatchIterator:
+  size = stage.dataset.shapes().x_0.shape[0]
+  rows = sharding.local_rows(mesh, size)
+  return stage.dataset.batches(folder, stage.seed, rows)
+
+
 def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
@@ -245,7 +259,8 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
 def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
-  path.write_text(json.dumps(stage.config, indent=2) + "\n")
+  if _processes.is_first_process():
+    path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
   placed = sharding.describe(jax.tree.map(lambda a: a.sharding, like))
   _LOG.info(
@@ -257,7 +272,7 @@ def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
 def _open_writers(
   stage: Stage, workdir: pathlib.Path, first: int
 ) -> _writers.Writer:
-  if jax.process_index() > 0:
+  if not _processes.is_first_process():
     return _writers.Fanout([])
   writers: list[_writers.Writer] = [_writers.Files(workdir, from_step=first)]
   if stage.loop.tensorboard:
@@ -311,6 +326,7 @@ def _bar(stage: Stage, first: int) -> Any:
     unit="step",
     mininterval=0.5 if live else 30.0,
     dynamic_ncols=live,
+    disable=not _processes.is_first_process(),
   )
 
 

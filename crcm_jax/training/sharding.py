@@ -8,6 +8,8 @@ rules (`WAN_RULES`), activations by those of a `Placement`, and attention by
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -130,8 +132,57 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+  """Returns which examples of a batch the devices of this process hold.
+
+  Processes that only hold other tokens or features of the same examples all
+  read them.
+
+  Args:
+    mesh: where the batch shall live.
+    batch_size: examples in a batch of all processes together.
+
+  Raises:
+    ValueError: if a process has no device in the mesh.
+  """
+  used = {device.process_index for device in mesh.devices.flat}
+  if idle := sorted(set(range(jax.process_count())) - used):
+    raise ValueError(
+      "`mesh` must have devices of every process; it has"
+      f" {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices, and"
+      f" none of processes {idle}. Set"
+      f" `--config.mesh.data={jax.device_count()}`, or start fewer processes."
+    )
+  slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = np.arange(batch_size)
+  held = [rows[index] for index in slices.values()]
+  return tuple(sorted(set(np.concatenate(held).tolist())))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Puts arrays that every process has whole where they shall live."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def one(leaf: Any, where: NamedSharding) -> jax.Array:
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, where, whole.__getitem__)
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def fetch(array: Any) -> np.ndarray:
+  """Returns a whole array, whichever processes hold its parts.
+
+  All processes must call this together.
+  """
+  if jax.process_count() == 1:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-  """Puts this process's examples on its devices."""
+  """Puts this process's rows of a batch on its devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch

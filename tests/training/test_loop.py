@@ -171,7 +171,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
   handler = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
     batches = _data.RandomLatents.batches
-    killed = lambda self, folder, seed: _Killed(batches(self, folder, seed))
+    killed = lambda *arguments: _Killed(batches(*arguments))
     patch.setattr(_data.RandomLatents, "batches", killed)
     with pytest.raises(_loop.Interrupted, match=r"saved at step [12]"):
       _loop.train_stage(stage, folders)
