@@ -1,11 +1,12 @@
 """Batches of moving digits: TFDS random access, then Grain.
 
-  clips -> shuffle -> this process's share -> epochs -> batches -> latents, text
+  clips -> latents, text -> shuffle -> this process's share -> epochs -> batches
 
 Grain indexes every step of this chain, so an iterator's position is one
 number: `get_state()` and `set_state(state)` resume exactly.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args, NamedTuple
@@ -13,8 +14,8 @@ from typing import Any, get_args, NamedTuple
 import numpy as np
 
 from crcm_jax._extras import require
-from crcm_jax.data import _latents, _text
-from crcm_jax.data._batch import Batch, BatchIterator
+from crcm_jax.data import _clips, _latents, _reading, _text
+from crcm_jax.data._batch import Batch
 from crcm_jax.data._clips import Labels, Split
 
 
@@ -64,9 +65,10 @@ def moving_digits_batches(
   shuffle: bool = True,
   epochs: int | None = None,
   in_memory: bool = False,
+  reading: _reading.Reading | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> BatchIterator:
+) -> _reading.Batches:
   """Iterates over batches of latents and caption embeddings, for training.
 
   Within an epoch the processes read disjoint clips, and all of them together,
@@ -83,6 +85,7 @@ def moving_digits_batches(
     in_memory: whether to read and encode all clips first (300 MB for 8,192 of
       9 frames, a few seconds), which then feeds an accelerator several times
       faster. The batches are the same.
+    reading: worker processes, and how many bad records to skip.
     process_index: of this process, `jax.process_index()`.
     process_count: of all processes, `jax.process_count()`.
 
@@ -97,11 +100,19 @@ def moving_digits_batches(
       too few clips for a batch, or the clips have fewer than `frames` frames.
   """
   check_processes(batch_size, process_index, process_count)
-  clips = _read_clips(builder, split, frames).map(_encode)
+  _check_clips(builder, split, frames)
+  reading = reading or _reading.Reading()
+  clips: Any = _reading.Examples(
+    _reading.Records(builder.data_dir, split),
+    functools.partial(_encode, frames=frames),
+    _shapes(builder, frames),
+    reading.max_bad,
+  )
   if in_memory:
-    clips = require("grain", extra="data").MapDataset.source(list(clips))
+    clips = [clips[i] for i in range(len(clips))]
   return batches(
-    clips,
+    require("grain", extra="data").MapDataset.source(clips),
+    reading=reading,
     batch_size=batch_size,
     seed=seed,
     shuffle=shuffle,
@@ -114,19 +125,21 @@ def moving_digits_batches(
 def batches(
   examples: Any,
   *,
+  reading: _reading.Reading,
   batch_size: int,
   seed: int,
   shuffle: bool,
   epochs: int | None,
   process_index: int,
   process_count: int,
-) -> BatchIterator:
-  """Iterates over a process's share of a Grain dataset of `Batch`es of one."""
+) -> _reading.Batches:
+  """Iterates over a process's share of a Grain dataset of `Read` examples."""
   if shuffle:
     examples = examples.shuffle(seed=seed)
   stop = len(examples) // process_count * process_count
   share = examples[process_index:stop:process_count].repeat(epochs)
-  return _iterate(share, batch_size // process_count, _stack)
+  reads = _batched(share, batch_size // process_count, _reading.stack)
+  return _reading.Batches(reads, reading)
 
 
 def labelled_moving_digits(
@@ -147,8 +160,11 @@ def labelled_moving_digits(
     ImportError: if the extra `data` is missing.
     ValueError: as `moving_digits_batches`.
   """
-  clips = _read_clips(builder, split, frames)
-  return _iterate(clips, batch_size, _labelled_batch)
+  _check_clips(builder, split, frames)
+  grain = require("grain", extra="data")
+  clips = grain.MapDataset.source(_reading.Records(builder.data_dir, split))
+  make = functools.partial(_labelled_batch, frames=frames)
+  return iter(_reading.read_ahead(_batched(clips, batch_size, make)))
 
 
 def check_processes(batch_size: int, index: int, count: int) -> None:
@@ -167,8 +183,8 @@ def check_processes(batch_size: int, index: int, count: int) -> None:
     )
 
 
-def _read_clips(builder: Any, split: str, frames: int) -> Any:
-  """Returns a Grain dataset of dictionaries, cut to their first frames."""
+def _check_clips(builder: Any, split: str, frames: int) -> None:
+  """Raises a ValueError if there are no such clips."""
   if split not in get_args(Split):
     raise ValueError(
       f"`split` must be one of {get_args(Split)}; got {split!r}."
@@ -180,34 +196,30 @@ def _read_clips(builder: Any, split: str, frames: int) -> Any:
       f" clips; got {frames}. Longer clips come from"
       f" `prepare_moving_digits(data_dir, frames={max(frames, 1)})`."
     )
-  grain = require("grain", extra="data")
-  source = builder.as_data_source(split)
-  return grain.MapDataset.source(source).map(lambda clip: _cut(clip, frames))
 
 
-def _cut(clip: dict[str, Any], frames: int) -> dict[str, Any]:
-  timed = ("video", "positions", "velocities")
-  return {k: v[:frames] if k in timed else v for k, v in clip.items()}
+def _shapes(builder: Any, frames: int) -> list[tuple[int, ...]]:
+  """Returns the shapes of an example's arrays."""
+  *_, channels = builder.info.features["video"].shape
+  size, text = _clips.CANVAS // 4, (_text.TEXT_LENGTH, _text.TEXT_WIDTH)
+  return [(frames, size, size, 16 * channels), text, text]
 
 
-def _iterate(
+def _batched(
   clips: Any, batch_size: int, make: Callable[[Sequence[Any]], Any]
 ) -> Any:
-  """Returns an iterator of batches, one thread working ahead."""
-  grain = require("grain", extra="data")
+  """Returns a Grain dataset of whole batches."""
   if len(clips) < batch_size:
     raise ValueError(
       f"`batch_size` must be at most the {len(clips)} clips that a process"
       f" reads; got {batch_size} for each process. Prepare more clips."
     )
-  batches = clips.batch(batch_size, drop_remainder=True, batch_fn=make)
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  return iter(batches.to_iter_dataset(options))
+  return clips.batch(batch_size, drop_remainder=True, batch_fn=make)
 
 
-def _encode(clip: dict[str, Any]) -> Batch:
+def _encode(clip: dict[str, Any], frames: int) -> Batch:
   """Returns a clip's latents and text embeddings, without a batch axis."""
-  pixels = clip["video"].astype(np.float32) / 127.5 - 1
+  pixels = clip["video"][:frames].astype(np.float32) / 127.5 - 1
   x_0: Any = _latents.latents_from_video(pixels)
   condition, null_condition = _text.encode_captions(
     [_caption(clip), _text.NULL_CAPTION]
@@ -215,15 +227,17 @@ def _encode(clip: dict[str, Any]) -> Batch:
   return Batch(x_0, condition, null_condition)
 
 
-def _stack(examples: Sequence[Batch]) -> Batch:
-  arrays: Any = map(np.stack, zip(*examples, strict=True))
-  return Batch(*arrays)
-
-
-def _labelled_batch(clips: Sequence[dict[str, Any]]) -> LabelledBatch:
-  fields = (np.stack([clip[name] for clip in clips]) for name in Labels._fields)
-  batch = _stack([_encode(clip) for clip in clips])
-  return LabelledBatch(batch, tuple(map(_caption, clips)), Labels(*fields))
+def _labelled_batch(
+  clips: Sequence[dict[str, Any]], frames: int
+) -> LabelledBatch:
+  timed = ("positions", "velocities")
+  fields = (
+    np.stack([clip[n][:frames] if n in timed else clip[n] for clip in clips])
+    for n in Labels._fields
+  )
+  reads = [_reading.Read(_encode(clip, frames)) for clip in clips]
+  captions = tuple(map(_caption, clips))
+  return LabelledBatch(_reading.stack(reads).batch, captions, Labels(*fields))
 
 
 def _caption(clip: dict[str, Any]) -> str:

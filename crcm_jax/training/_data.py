@@ -17,6 +17,8 @@ import numpy as np
 
 from crcm_jax import data
 
+_READING = data.Reading()
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -56,6 +58,8 @@ class MovingDigits:
     test_clips: clips to evaluate on.
     seed: of the clips; the run's seed shuffles them.
     in_memory: whether to read all clips first; feeds a GPU faster.
+    reading: worker processes, and how many bad records to skip; a config gives
+      them in its section `loop`.
   """
 
   batch_size: int
@@ -64,6 +68,7 @@ class MovingDigits:
   test_clips: int = 1024
   seed: int = 0
   in_memory: bool = False
+  reading: data.Reading = _READING
 
   def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
     """Returns this process's batches, for ever, in an order set by `seed`."""
@@ -74,6 +79,7 @@ class MovingDigits:
       frames=self.frames,
       seed=seed,
       in_memory=self.in_memory,
+      reading=self.reading,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
@@ -176,11 +182,13 @@ class WanLatents:
     folder: of the dataset, .../wan_latents/NAME/1.0.0.
     batch_size: videos in a batch of all processes together.
     frames: the first so many latent frames of each; None is for all.
+    reading: as `MovingDigits` has it.
   """
 
   folder: str
   batch_size: int
   frames: int | None = None
+  reading: data.Reading = _READING
 
   def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
     """Returns this process's batches, for ever, in an order set by `seed`."""
@@ -190,6 +198,7 @@ class WanLatents:
       batch_size=self.batch_size,
       frames=self.frames,
       seed=seed,
+      reading=self.reading,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )

@@ -14,7 +14,7 @@ calls that build it:
     sampling=dict(...)       # of Sampling
     loop=dict(...)           # of Loop
     mesh=dict(...)           # of sharding.make_mesh
-    sharding=((PATTERN, AXES), ...),
+    sharding="wan",          # or rules, see sharding.read_rules
 
 and with a critic
 
@@ -38,12 +38,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import optax
 
-from crcm_jax import models, time_sampling
+from crcm_jax import data, models, time_sampling
 from crcm_jax._typing import Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _data, _networks, objectives, sharding
 from crcm_jax.training._counters import Alternation
-from crcm_jax.training._optimizer import adamw
+from crcm_jax.training._optimizer import adamw, warmed_up
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
 from crcm_jax.training._step import make_train_step, Shardings, TrainStep
@@ -116,6 +116,9 @@ class Loop:
     tensorboard: whether to write for TensorBoard, beside the files.
     micro_batches: parts of a batch that a step takes one after another, to
       save memory.
+    data_workers: processes that read data beside the main one; 0 for a thread.
+    max_bad_records: records of the dataset to skip because they are cut off,
+      of another shape or not finite; one more is an error that names them all.
   """
 
   log_every: int = 1
@@ -125,6 +128,8 @@ class Loop:
   allow_skipped: int = 0
   tensorboard: bool = True
   micro_batches: int = 1
+  data_workers: int = 0
+  max_bad_records: int = 10
 
   def __post_init__(self):
     for name in ("log_every", "checkpoint_every", "micro_batches"):
@@ -132,6 +137,11 @@ class Loop:
         raise ValueError(
           f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
         )
+    self.reading()  # refuses negative numbers
+
+  def reading(self) -> data.Reading:
+    """Returns how a prepared dataset is read."""
+    return data.Reading(workers=self.data_workers, max_bad=self.max_bad_records)
 
   def is_due(self, what: str, step: int, last: int) -> bool:
     """Whether "log", "checkpoint" or "sample" is due after a step."""
@@ -158,11 +168,12 @@ class Stage:
     dataset: what it reads.
     objectives: the loss of each phase, "student" and perhaps "critic".
     optimizers: likewise.
+    learning_rates: the schedule of each optimizer, to be shown.
     alternation: the order of the phases.
     init: the source of each network's first parameters.
     sampling: how the student is sampled.
     loop: how often to log, save and sample.
-    mesh: the devices along each axis.
+    mesh: the devices along each axis, of `sharding.make_mesh`.
     rules: how parameters are sharded.
   """
 
@@ -179,12 +190,23 @@ class Stage:
   dataset: _data.Dataset
   objectives: dict[Phase, objectives.Objective]
   optimizers: dict[Phase, optax.GradientTransformation]
+  learning_rates: dict[Phase, optax.Schedule]
   alternation: Alternation
   init: dict[str, str]
   sampling: Sampling
   loop: Loop
-  mesh: dict[str, int]
+  mesh: dict[str, Any]
   rules: sharding.Rules
+
+  def on(self, mesh: jax.sharding.Mesh) -> "Stage":
+    """Returns this stage with networks that compute on a mesh.
+
+    Raises:
+      ValueError: if batch, heads or tokens do not divide by their devices.
+    """
+    video = self.dataset.shapes().x_0.shape
+    sharding.check_stage(mesh.shape, self.model.config, video)
+    return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:
     """Returns which network an iteration trains."""
@@ -203,6 +225,7 @@ class Stage:
         ema_rate=self.ema_rate,
         micro_batches=self.loop.micro_batches,
         copy_dtype=self.copy_dtype,
+        learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
       for phase, objective in self.objectives.items()
@@ -308,7 +331,10 @@ class Stage:
 
 
 def read_stage(
-  name: str, config: Mapping[str, Any], stages: tuple[str, ...] = ()
+  name: str,
+  config: Mapping[str, Any],
+  stages: tuple[str, ...] = (),
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Stage:
   """Builds one stage of its resolved config.
 
@@ -316,6 +342,7 @@ def read_stage(
     name: of the stage.
     config: the resolved config, such as a checkpoint holds.
     stages: the experiment's stages.
+    mesh: devices that its networks compute on; None for JAX's default one.
 
   Raises:
     ValueError: as `read_experiment`.
@@ -325,6 +352,8 @@ def read_stage(
   section["stage"]
   kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
+  if mesh is not None:
+    model = sharding.shard_model(model, mesh)
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
   else:
@@ -346,11 +375,12 @@ def read_stage(
   phases: dict[Phase, objectives.Objective] = {
     "student": _objective(section["objective"], kind.objective, given)
   }
-  optimizers: dict[Phase, Any] = {"student": section["optimizer"].call(adamw)}
+  settings: dict[Phase, _config.Section] = {"student": section["optimizer"]}
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
-    optimizers["critic"] = section["critic_optimizer"].call(adamw)
+    settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
+  loop = section.section("loop").call(Loop)
   stage = Stage(
     name=name,
     config=config,
@@ -362,15 +392,16 @@ def read_stage(
     working_copy=section.get("working_copy", False),
     model=model,
     pattern=pattern,
-    dataset=_dataset(section["data"]),
+    dataset=_dataset(section["data"], loop.reading()),
     objectives=phases,
-    optimizers=optimizers,
+    optimizers={phase: s.call(adamw) for phase, s in settings.items()},
+    learning_rates={p: warmed_up(**s.as_dict()) for p, s in settings.items()},
     alternation=section.section("alternation").call(Alternation),
     init=_sources(section.section("init"), kind),
     sampling=sampling,
-    loop=section.section("loop").call(Loop),
+    loop=loop,
     mesh=section.take("mesh", {}),
-    rules=section.take("sharding", sharding.REPLICATED),
+    rules=sharding.read_rules(section.take("sharding", "wan")),
   )
   section.check_all_read()
   return stage
@@ -432,8 +463,11 @@ def _parts(section: _config.Section) -> tuple[str, ...]:
   return tuple(section["parts"])
 
 
-def _dataset(section: _config.Section) -> _data.Dataset:
-  return section.call(section.choose(_data.DATASETS))
+def _dataset(section: _config.Section, reading: data.Reading) -> _data.Dataset:
+  dataset = section.choose(_data.DATASETS)
+  fields = {field.name for field in dataclasses.fields(dataset)}
+  more = {"reading": reading} if "reading" in fields else {}
+  return section.call(dataset, **more)
 
 
 def _objective(
