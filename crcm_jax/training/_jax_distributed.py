@@ -1,6 +1,6 @@
 """The few parts of JAX's distributed runtime that have no public name.
 
-JAX 0.10: how it finds the processes of a cluster, and the store of texts that
+JAX 0.10 and 0.11: how it finds the processes of a cluster, and the store of texts that
 its coordinator keeps for all of them. Between CPUs the collectives are gloo's,
 as is JAX's default.
 """
