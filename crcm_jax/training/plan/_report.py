@@ -48,7 +48,7 @@ def size(n: float) -> str:
   """Returns bytes in the unit that suits them.
 
   Example:
-    >>> size(1536)
+    >>> size(1536.0)
     '1.50 KiB'
   """
   power = 0
