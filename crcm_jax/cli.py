@@ -1,7 +1,6 @@
 """The command `crcm`: train, sample, evaluate, encode, convert, and so on."""
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import logging
@@ -10,26 +9,23 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from crcm_jax import data, evaluation, models, training
+from crcm_jax import models, training
+from crcm_jax.commands import _workdir, CACHE
+from crcm_jax.commands import convert as convert_command
 from crcm_jax.commands import encode as encode_command
 from crcm_jax.commands import plan as plan_command
+from crcm_jax.commands import processes as processes_command
 from crcm_jax.commands import sample as sample_command
 from crcm_jax.commands import vbench as vbench_command
-from crcm_jax.training import _config, _networks, _stages
+from crcm_jax.training import _config, _networks
 
 _LOG = logging.getLogger("crcm_jax")
-
-CACHE = pathlib.Path(
-  os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"), "crcm_jax"
-)
-"""Compiled programs and datasets, which runs share."""
 
 _DIGITS = "experiments/configs/moving_digits.py"
 
@@ -40,35 +36,22 @@ _EXAMPLES = {
   crcm train --config {_DIGITS}:runlocal --workdir /tmp/try --config.seed=1
 
 The same command goes on where a run was stopped. Afterwards the workdir has a
-folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.""",
-  "sample": """examples:
-  crcm sample runs/digits --out clip.gif --caption "seven moving left, fast"
-  crcm sample runs/digits/self_forcing:live@300 --out clip.mp4 --steps 2
-  crcm sample experiments/moving_digits/weights/causal.safetensors --out a.png
-
-SOURCE is an experiment (its last stage), a stage's workdir, or a safetensors
-file, with [:ema|:live][@STEP]. Chunks, schedules and context come from it.
+folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.
 """
-  + sample_command.EXAMPLES,
+  + processes_command.EXAMPLES,
+  "sample": sample_command.EXAMPLES,
   "evaluate": """examples:
   crcm evaluate runs/digits
 
 Scores the networks of an experiment that `crcm train` made, and writes
-report.html and report.json into its workdir.""",
+report.html and report.json into its workdir. VBench scores with a tool of its
+own: `crcm vbench-clips` makes the clips, `crcm vbench-score` the totals.""",
   "export": """examples:
   crcm export runs/teachers/causal --out weights/causal.safetensors
 
 Beside the file, NAME.json says where the weights come from (config, command,
 step, hash) and NAME.log.jsonl holds the training's metrics.""",
-  "convert": """examples:
-  crcm convert Wan2.1-T2V-1.3B/ --out wan.safetensors --dtype bfloat16
-  crcm convert dmd.pt --group generator_ema --pattern 3,3 --out a.safetensors
-  crcm convert a.safetensors --layout diffusers --out model.safetensors
-
-SOURCE is a Wan transformer, autoencoder or text encoder: a .safetensors, .pt
-or .pth file, the index of shards, a folder with one of these, in the original
-layout or that of diffusers; or a file of ours. What it says of itself (stage,
-chunk pattern, schedules) goes along. No code in a pickle is run.""",
+  "convert": convert_command.EXAMPLES,
   "encode": encode_command.EXAMPLES,
   "vbench-clips": vbench_command.CLIPS_EXAMPLES,
   "vbench-score": vbench_command.SCORE_EXAMPLES,
@@ -115,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
   """Trains all stages of a config, or one, and writes the report."""
+  processes_command.initialize(arguments)
+  with training.ending_together():
+    _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
   config = training.load_config(arguments.config, arguments.overrides)
   experiment = training.read_experiment(config)
   folders = _folders(arguments)
@@ -122,12 +111,20 @@ def train(arguments: argparse.Namespace) -> None:
     chosen = list(experiment.stages.values())
   else:
     chosen = [_stage_named(experiment, arguments.stage)]
-  folders.experiment.mkdir(parents=True, exist_ok=True)
-  record = {"command": arguments.command, "config": experiment.config}
-  _write_json(folders.experiment / "experiment.json", record)
+  training.check_start(
+    {**experiment.config, "--stage": arguments.stage}, folders.experiment
+  )
+  first = training.is_first_process()
+  if first:
+    folders.experiment.mkdir(parents=True, exist_ok=True)
+    record = {"command": arguments.command, "config": experiment.config}
+    _write_json(folders.experiment / "experiment.json", record)
+  else:
+    _LOG.setLevel(logging.WARNING)
   start = time.monotonic()
   for stage in chosen:
-    _write_command(folders.experiment / stage.name, arguments.command)
+    if first:
+      _write_command(folders.experiment / stage.name, arguments.command)
     training.train_stage(stage, folders)
   if arguments.stage is None and experiment.evaluation is not None:
     _report(experiment, folders, arguments.command)
@@ -137,61 +134,9 @@ def train(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
   """Scores the networks of an experiment and writes its report."""
   folders = _folders(arguments)
-  record = _read_experiment_json(folders.experiment)
+  record = _workdir.read_experiment(folders.experiment)
   experiment = training.read_experiment(record["config"])
   _report(experiment, folders, record["command"])
-
-
-def sample(arguments: argparse.Namespace) -> None:
-  """Generates one clip and writes it as a video."""
-  if sample_command.wants_wan(arguments):
-    sample_command.sample(arguments, CACHE)
-    return
-  (steps,) = arguments.steps or (None,)
-  make, _ = _clip_maker(arguments.source, steps, arguments.frames)
-  video = make(arguments.caption, arguments.seed)
-  path = evaluation.write_video(arguments.out, video, fps=arguments.fps or 8.0)
-  print(path)
-
-
-def _clip_maker(
-  source: str, steps: int | None, frames: int | None
-) -> tuple[evaluation.MakeClip, Callable[[], dict[str, Any]]]:
-  """Returns what makes clips of (caption, seed), and what tells how."""
-  origin = _networks.load_source(_of_last_stage(source), workdir=pathlib.Path())
-  stage = _stages.stage_of(origin)
-  params = _networks.adopt(
-    origin, stage.model, pattern=stage.pattern, name="SOURCE"
-  )
-  sampler = stage.sampler()
-
-  def make(caption: str, seed: int) -> np.ndarray:
-    batch = _batch_of(stage, caption, frames)
-    latents = sampler(params, jax.random.key(seed), batch, steps)
-    (video,) = np.asarray(stage.dataset.decode(latents))
-    return video
-
-  def record() -> dict[str, Any]:
-    pattern = stage.pattern
-    return {
-      "checkpoint_sha256": _params_hash(params),
-      "stage": stage.name,
-      "pattern": None if pattern is None else dataclasses.asdict(pattern),
-      "schedule": {"steps": steps, **dataclasses.asdict(stage.sampling)},
-      "frames": frames,
-    }
-
-  return make, record
-
-
-def _params_hash(params: Any) -> str:
-  """Returns the SHA-256 of parameters, with their names and dtypes."""
-  total = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = np.asarray(leaf)
-    total.update(f"{path} {array.dtype} {array.shape}".encode())
-    total.update(np.ascontiguousarray(array).tobytes())
-  return total.hexdigest()
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -218,42 +163,6 @@ def export(arguments: argparse.Namespace) -> None:
   print(out)
 
 
-def convert(arguments: argparse.Namespace) -> None:
-  """Converts weights from and to the files of PyTorch projects."""
-  out = pathlib.Path(arguments.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  about: dict[str, Any] = {}
-  if arguments.about is not None:
-    about |= json.loads(pathlib.Path(arguments.about).read_text())
-  if arguments.stage is not None:
-    about["stage"] = arguments.stage
-  if arguments.pattern is not None:
-    about["pattern"] = dataclasses.asdict(arguments.pattern)
-  config = None
-  if arguments.network is not None:
-    entries = json.loads(pathlib.Path(arguments.network).read_text())
-    config = models.WanConfig.from_wan(entries)
-  models.convert(
-    arguments.source,
-    out,
-    layout=arguments.layout,
-    config=config,
-    group=arguments.group,
-    dtype=arguments.dtype,
-    about=about,
-    force=arguments.force,
-  )
-  print(out)
-
-
-def vbench_clips(arguments: argparse.Namespace) -> None:
-  """Makes the clips that the `vbench` tool scores."""
-  make, record = _clip_maker(
-    arguments.source, arguments.steps, arguments.frames
-  )
-  vbench_command.write_clips(arguments, make, record())
-
-
 def print_config(arguments: argparse.Namespace) -> None:
   """Prints a config after all changes, once it is known to be readable."""
   config = training.load_config(arguments.config, arguments.overrides)
@@ -271,7 +180,8 @@ def _report(
     command=command,
     on_row=lambda name, row: _LOG.info("%s: %s", name, _row_text(row)),
   )
-  print(f"The report is {report.absolute()}")
+  if training.is_first_process():
+    print(f"The report is {report.absolute()}")
 
 
 def _row_text(row: dict[str, float]) -> str:
@@ -286,41 +196,10 @@ def _stage_named(experiment: training.Experiment, name: str) -> training.Stage:
   return experiment.stages[name]
 
 
-def _of_last_stage(text: str) -> str:
-  """Turns a source that names an experiment into that of its last stage."""
-  where = _networks.parse_source(text).where
-  if not pathlib.Path(where, "experiment.json").exists():
-    return text
-  config = _read_experiment_json(pathlib.Path(where))["config"]
-  return f"{where}/{config['stages'][-1]}{text.removeprefix(where)}"
-
-
-def _batch_of(
-  stage: training.Stage, caption: str, frames: int | None
-) -> data.Batch:
-  """Returns a batch of one example, whose latents only give a shape."""
-  _, usual, *rest = stage.dataset.shapes().x_0.shape
-  return data.Batch(
-    jnp.zeros((1, frames or usual, *rest)),
-    jnp.asarray(stage.dataset.encode([caption])),
-    jnp.asarray(stage.dataset.encode([data.NULL_CAPTION])),
-  )
-
-
 def _folders(arguments: argparse.Namespace) -> training.Folders:
   return training.Folders(
     pathlib.Path(arguments.workdir), pathlib.Path(arguments.data_dir)
   )
-
-
-def _read_experiment_json(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / "experiment.json"
-  if not path.exists():
-    raise ValueError(
-      f"WORKDIR must be one that `crcm train` made; {str(folder)!r} has no"
-      " experiment.json."
-    )
-  return json.loads(path.read_text())
 
 
 def _write_command(workdir: pathlib.Path, command: str) -> None:
@@ -363,10 +242,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_train(commands)
-  _add_sample(commands)
   _add_evaluate(commands)
   _add_export(commands)
-  _add_convert(commands)
   _add_others(commands)
   _add_print_config(commands)
   return parser
@@ -412,38 +289,7 @@ def _add_train(commands: Any) -> None:
     "--stage", help="train this stage only, and write no report"
   )
   _add_data_dir(command)
-
-
-def _add_sample(commands: Any) -> None:
-  command = _add(commands, "sample", sample)
-  command.add_argument(
-    "source", metavar="SOURCE", nargs="?", help="of `crcm train`, to sample"
-  )
-  command.add_argument(
-    "--out", required=True, help="the video: *.mp4, *.gif or *.png"
-  )
-  command.add_argument(
-    "--caption",
-    default="seven moving left and up, fast; two moving down",
-    help="what to show (default: %(default)r)",
-  )
-  command.add_argument(
-    "--steps",
-    type=sample_command.steps,
-    metavar="N[,N...]",
-    help="denoising steps a chunk, the last number for all further ones; the"
-    " most by default, for Wan 4 or 50",
-  )
-  command.add_argument(
-    "--frames",
-    type=int,
-    help="latent frames, as many as in training; for Wan RGB frames, 81",
-  )
-  command.add_argument("--seed", type=int, default=0, help="of the noise")
-  command.add_argument(
-    "--fps", type=float, help="frames a second; 8, for Wan 16"
-  )
-  sample_command.add_arguments(command)
+  processes_command.add_arguments(command)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -461,52 +307,15 @@ def _add_export(commands: Any) -> None:
   )
 
 
-def _add_convert(commands: Any) -> None:
-  command = _add(commands, "convert", convert)
-  command.add_argument("source", metavar="SOURCE", help="what to convert")
-  command.add_argument("--out", required=True, help="the file *.safetensors")
-  command.add_argument(
-    "--layout",
-    default="crcm",
-    choices=("crcm", "wan", "rcm", "diffusers"),
-    help="of OUT (default: %(default)s)",
-  )
-  command.add_argument(
-    "--group", help="which of several networks, such as generator_ema"
-  )
-  command.add_argument(
-    "--dtype", type=jnp.dtype, help="to store; as it is by default"
-  )
-  command.add_argument("--stage", help="that made the weights; kept in OUT")
-  command.add_argument(
-    "--pattern",
-    type=sample_command.pattern,
-    metavar="FIRST,REST",
-    help="latent frames of the first and of each later chunk; kept in OUT",
-  )
-  command.add_argument(
-    "--about",
-    metavar="FILE.json",
-    help="more to keep in OUT, such as `sampling`, the schedules",
-  )
-  command.add_argument(
-    "--network",
-    metavar="config.json",
-    help="of the original, where heads are not 128 wide",
-  )
-  command.add_argument(
-    "--force",
-    action="store_true",
-    help="let these contradict what SOURCE says of itself",
-  )
-
-
 def _add_others(commands: Any) -> None:
   """Adds the commands that have modules of their own."""
+  sample_command.add_arguments(_add(commands, "sample", sample_command.sample))
+  convert = _add(commands, "convert", convert_command.convert)
+  convert_command.add_arguments(convert)
   plan_command.add_arguments(_add(commands, "plan", plan_command.plan))
   encode = _add(commands, "encode", encode_command.encode)
   encode_command.add_arguments(encode)
-  clips = _add(commands, "vbench-clips", vbench_clips)
+  clips = _add(commands, "vbench-clips", vbench_command.write_clips)
   vbench_command.add_clips_arguments(clips)
   score = _add(commands, "vbench-score", vbench_command.score)
   vbench_command.add_score_arguments(score)

@@ -8,6 +8,7 @@ the list.
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import warnings
 
@@ -17,7 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from crcm_jax.kernels import autodiff
 from crcm_jax.kernels._compat import same_varying, target_platform
-from crcm_jax.kernels.backend import Backend, Operands, Problem
+from crcm_jax.kernels.backend import (
+  Backend,
+  one_token_axis,
+  Operands,
+  Problem,
+)
 from crcm_jax.kernels.mask import BlockMask
 from crcm_jax.kernels.pallas_tpu import PallasTpu
 from crcm_jax.kernels.triton_backend import Triton
@@ -34,17 +40,17 @@ MOST_RANGES = 4
 
 
 def attention(
-  q: Float[Array, "b s n d"],
-  k: Float[Array, "b z n d"] | None,
-  v: Float[Array, "b z n d"] | None,
+  q: Float[Array, "b *s n d"],
+  k: Float[Array, "b *z n d"] | None,
+  v: Float[Array, "b *z n d"] | None,
   *,
-  context: tuple[Float[Array, "b y n d"], Float[Array, "b y n d"]]
+  context: tuple[Float[Array, "b *y n d"], Float[Array, "b *y n d"]]
   | None = None,
   context_ranges: Int[Array, "r 2"] | None = None,
   mask: BlockMask | None = None,
   scale: float | None = None,
   implementation: str | Backend | None = None,
-) -> Float[Array, "b s n d"]:
+) -> Float[Array, "b *s n d"]:
   """Attends to a context and to the queries' own stream, under one softmax.
 
       o_i = sum_j softmax_j(scale q_i . k_j) v_j,   j in visible [context | own]
@@ -55,6 +61,9 @@ def attention(
   `lax.cond` and `shard_map`. Tangents that are zero at trace time and
   cotangents that nobody wants cost nothing. Differentiating a tangent or a
   gradient once more works, in memory quadratic in tokens.
+
+  Tokens may have several axes, such as frames and patches: they count as one,
+  the last axis fastest.
 
   Args:
     q: Queries.
@@ -93,15 +102,23 @@ def attention(
   References:
     Causal-rCM, arXiv 2606.25473, appendix B (the tangent of masked attention).
   """
+  shape = q.shape
+  q, k, v = (x if x is None else _one_token_axis(x) for x in (q, k, v))
   pairs = _pairs(k, v, context)
   _check_arrays(q, pairs)
   if context_ranges is not None and context is None:
     raise ValueError("`context_ranges` needs a `context` to be about.")
   ranged = context_ranges is not None
-  lengths = [keys.shape[1] for keys, _ in pairs]
+  lengths = [math.prod(keys.shape[1:-2]) for keys, _ in pairs]
+  mask = _full_or_checked(mask, q.shape[1], lengths, ranged)
+  # Backends need not think of empty arrays.
+  ranged = ranged and pairs[0][0].size > 0
+  pairs = [pair for pair in pairs if pair[0].size > 0]
+  if q.size == 0 or not pairs:
+    return jnp.zeros_like(q).reshape(shape)
   problem = Problem(
     backend=BACKENDS["xla"],
-    mask=_full_or_checked(mask, q.shape[1], lengths, ranged),
+    mask=mask,
     scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
     pairs=len(pairs),
     ranged=ranged,
@@ -112,7 +129,11 @@ def attention(
     flat.append(_disjoint(context_ranges, lengths[0]))
   problem = _with_backend(problem, problem.operands(flat), implementation)
   flat.extend(problem.backend.tables(problem, problem.operands(flat)))
-  return autodiff.bind(problem, *same_varying(*flat))
+  return autodiff.bind(problem, *same_varying(*flat)).reshape(shape)
+
+
+def _one_token_axis(x: Array) -> Array:
+  return x if x.ndim < 4 else one_token_axis(x)  # `_check_arrays` refuses
 
 
 def _fused_rule() -> bool:
@@ -126,7 +147,7 @@ def _fused_rule() -> bool:
 
 
 def _pairs(k, v, context) -> list[tuple[Array, Array]]:
-  """The (keys, values) to attend to, context first; empty ones left out."""
+  """The (keys, values) to attend to, context first."""
   if (k is None) != (v is None):
     raise ValueError(
       "`k` and `v` must be given together; one of them is None. Pass both, or "
@@ -149,7 +170,7 @@ def _check_arrays(q, pairs):
   b, _, n, d = q.shape
   for keys, values in pairs:
     for x in (keys, values):
-      if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (b, n, d):
+      if x.ndim < 4 or (x.shape[0], *x.shape[-2:]) != (b, n, d):
         raise ValueError(
           f"keys and values must be ({b}, tokens, {n}, {d}) to fit `q` of "
           f"shape {q.shape}; got {x.shape}. Axes are [b z n d], heads after "
@@ -200,10 +221,12 @@ def _disjoint(ranges, size: int):
       f"`jnp.array([[0, written]], jnp.int32)`."
     )
   ranges = jnp.clip(ranges.astype(jnp.int32), 0, size)
-  ranges = ranges[jnp.argsort(ranges[:, 0])]
-  reached = jax.lax.cummax(ranges[:, 1])
-  before = jnp.concatenate([jnp.zeros_like(reached[:1]), reached[:-1]])
-  start = jnp.maximum(ranges[:, 0], before)
+  start = ranges[:, 0]
+  if len(ranges) > 1:  # one, as in each layer of a rollout's calls, is sorted
+    ranges = ranges[jnp.argsort(start)]
+    reached = jax.lax.cummax(ranges[:, 1])
+    before = jnp.concatenate([jnp.zeros_like(reached[:1]), reached[:-1]])
+    start = jnp.maximum(ranges[:, 0], before)
   return jnp.stack([start, jnp.maximum(start, ranges[:, 1])], axis=1)
 
 

@@ -66,8 +66,7 @@ def _lin(*flat, problem, nonzero):
 
 def _bwd(*flat, problem, wanted):
   *x, o, lse, do = flat
-  run = problem.backend.backward
-  return list(run(problem, problem.operands(x), o, lse, do, wanted))
+  return problem.backward(x, o, lse, do, wanted)
 
 
 def _o(q):

@@ -15,7 +15,8 @@ nothing else; `autodiff` makes them one differentiable operation.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -71,13 +72,37 @@ class Problem:
     """Groups flat operands (q, k, v, ..., ranges, tables...)."""
     rest = tuple(flat[self.num_floats :])
     ranges, tables = (rest[0], rest[1:]) if self.ranged else (None, rest)
-    return Operands(*_group(flat[: self.num_floats]), ranges, tables)
+    floats = [one_token_axis(x) for x in flat[: self.num_floats]]
+    return Operands(*_group(floats), ranges, tables)
 
   def tangents(
     self, flat: Sequence[Array], nonzero: Sequence[bool]
   ) -> Tangents:
     """Groups the nonzero tangents, putting None for the zero ones."""
-    return Tangents(*_group(spread(flat, nonzero)))
+    return Tangents(*_group(spread(map(one_token_axis, flat), nonzero)))
+
+  def backward(
+    self,
+    flat: Sequence[Array],
+    o: Array,
+    lse: Array,
+    do: Array,
+    wanted: Sequence[bool],
+  ) -> list[Array]:
+    """Returns the wanted cotangents in the shapes of their flat operands."""
+    x = self.operands(flat)
+    grads = self.backend.backward(self, x, o, lse, do, wanted)
+    shapes = [a.shape for a, w in zip(flat, wanted, strict=False) if w]
+    return [g.reshape(s) for g, s in zip(grads, shapes, strict=True)]
+
+
+def one_token_axis(x: Array) -> Array:
+  """Joins the axes of tokens, `[b *s n d]` to `[b s n d]`.
+
+  It is done inside the primitives for a context, so that its residual is the
+  array that was given, such as a layer of a cache, and no copy.
+  """
+  return x.reshape(x.shape[0], math.prod(x.shape[1:-2]), *x.shape[-2:])
 
 
 def _group(flat):
@@ -95,7 +120,7 @@ def given(tangents: Sequence) -> tuple[list, tuple[bool, ...]]:
   return [t for t in tangents if t is not None], nonzero
 
 
-def spread(given: Sequence, nonzero: Sequence[bool]) -> list:
+def spread(given: Iterable, nonzero: Sequence[bool]) -> list:
   """Puts None between the given tangents where one is zero."""
   items = iter(given)
   return [next(items) if n else None for n in nonzero]

@@ -107,8 +107,6 @@ class PallasTpu:
       raise NotImplementedError(
         f"its heads have at most {WIDEST} channels, not {x.q.shape[-1]}"
       )
-    if not all(a.size for a in (x.q, *x.keys)):
-      raise NotImplementedError("its arrays must not be empty")
     steps = self._most_steps(problem, x)
     if steps > MOST_STEPS:
       raise NotImplementedError(

@@ -122,8 +122,8 @@ def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
   about = json.loads(weights.with_suffix(".json").read_text())
   assert about["stage"] == "self_forcing"
   assert about["command"].startswith("crcm train --config")
-  clips = ("vbench-clips", weights, tmp_path / "prompts.txt", "--seeds", 2)
-  clips += ("--out", tmp_path / "vbench", "--steps", 2)
+  clips = ("vbench-clips", weights, "--prompts", tmp_path / "prompts.txt")
+  clips += ("--seeds", 2, "--out", tmp_path / "vbench", "--steps", 2)
   (tmp_path / "prompts.txt").write_text("seven moving left, fast\n")
   assert run(*clips) == 0
   assert len(list((tmp_path / "vbench" / "videos").glob("seven*.mp4"))) == 2

@@ -15,6 +15,8 @@ from crcm_jax import data, models
 
 _LOG = logging.getLogger("crcm_jax")
 
+_UNIT = models.WAN_VAE.space_factor * models.WAN_1_3B.patch[1]
+
 EXAMPLES = """examples:
   crcm encode videos/ --out data --name pets --weights Wan2.1-T2V-1.3B
   crcm encode videos/ --captions captions.csv --out data --name pets \\
@@ -89,6 +91,11 @@ def _encoded_videos(
     )
   frames, size = arguments.frames, arguments.size
   models.WAN_VAE.latent_shape(frames, *size)
+  if any(side % _UNIT for side in size):
+    raise ValueError(
+      f"`--size` must be divisible by {_UNIT}, for a token of the transformer"
+      f" is {_UNIT} x {_UNIT} pixels; got {size[0]}x{size[1]}."
+    )
   encoders = models.load_encoders(arguments.weights)
   progress = tqdm.tqdm(videos, desc="encode", unit="video")
   records = data.encode_videos(

@@ -3,17 +3,22 @@
 import argparse
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from crcm_jax import evaluation
+from crcm_jax.commands import _wan, _workdir
 
 CLIPS_EXAMPLES = """examples:
-  crcm vbench-clips runs/wan/self_forcing VBench_full_info.json --out vbench
-  crcm vbench-clips SOURCE prompts.txt --out vbench --rewrite longer.json
+  crcm vbench-clips --weights Wan2.1-T2V-1.3B --prompts VBench_full_info.json \\
+    --transformer student.safetensors --pattern 1,1 --steps 4,2 --out vbench
+  crcm vbench-clips runs/digits --prompts prompts.txt --rewrite longer.json \\
+    --out vbench
 
+What is sampled, and how, is said as for `crcm sample`.
 Writes OUT/videos/PROMPT-0.mp4 to PROMPT-4.mp4 for each prompt,
 OUT/vbench_eval_info.json, which lists them, and OUT/run.json, which says what
 made them. The same command goes on where it was stopped. Then let `vbench
@@ -27,22 +32,20 @@ RUN is what `crcm vbench-clips` wrote, RESULTS the `*_eval_results.json` of the
 `vbench` tool, or folders with such files. Writes RUN/vbench_scores.json."""
 
 
-def write_clips(
-  arguments: argparse.Namespace,
-  make: evaluation.MakeClip,
-  record: Mapping[str, Any],
-) -> None:
-  """Makes the clips that the `vbench` tool scores.
-
-  Args:
-    arguments: of the command line.
-    make: makes a clip of a prompt and a seed.
-    record: how it does; see `evaluation.write_vbench_clips`.
-  """
+def write_clips(arguments: argparse.Namespace) -> None:
+  """Makes the clips that the `vbench` tool scores."""
+  wan = _wan.is_meant(arguments)
   prompts = evaluation.read_vbench_prompts(arguments.prompts)
-  rewrite = None
+  rewrite = {}
   if arguments.rewrite is not None:
     rewrite = evaluation.read_rewrite(arguments.rewrite)
+  if wan:
+    words = [rewrite.get(prompt, prompt) for prompt in prompts.prompts]
+    make, record = _wan_clip_maker(arguments, words)
+  else:
+    (steps,) = arguments.steps or (None,)
+    make, tell = _workdir.clip_maker(arguments.source, steps, arguments.frames)
+    record = tell()
   count = len(prompts.prompts) * arguments.seeds
   with tqdm.tqdm(total=count, desc="vbench", unit="clip") as progress:
     info = evaluation.write_vbench_clips(
@@ -56,6 +59,25 @@ def write_clips(
       on_clip=lambda path: progress.update(),
     )
   print(info)
+
+
+def _wan_clip_maker(
+  arguments: argparse.Namespace, prompts: Sequence[str]
+) -> tuple[evaluation.MakeClip, dict[str, Any]]:
+  """Returns what makes clips of (prompt, seed), and what it is made of."""
+  generator = _wan.load(arguments)
+  networks, negative = generator.networks, arguments.negative_prompt
+  networks.prepare([negative, *prompts])
+  null = networks.embed([negative])
+
+  def make(prompt: str, seed: int) -> Iterator[np.ndarray]:
+    return generator(networks.embed([prompt]), null, seed=seed)
+
+  return make, {
+    "checkpoint_sha256": networks.weights_hash,
+    "negative_prompt": negative,
+    **generator.settings.record(),
+  }
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -79,21 +101,16 @@ def score(arguments: argparse.Namespace) -> None:
 
 def add_clips_arguments(command: argparse.ArgumentParser) -> None:
   """Adds the arguments of `crcm vbench-clips`."""
-  command.add_argument("source", metavar="SOURCE", help="as of `crcm sample`")
+  _wan.add_source(command)
   command.add_argument(
-    "prompts",
-    metavar="PROMPTS",
+    "--prompts",
+    required=True,
+    metavar="FILE",
     help="VBench_full_info.json, or a text with a prompt a line",
   )
   command.add_argument("--out", required=True, help="the folder")
   command.add_argument(
     "--seeds", type=int, default=5, help="clips a prompt (default: %(default)s)"
-  )
-  command.add_argument(
-    "--steps", type=int, help="denoising steps a chunk; the most by default"
-  )
-  command.add_argument(
-    "--frames", type=int, help="latent frames; as many as in training"
   )
   command.add_argument("--fps", type=float, default=16.0, help="of the files")
   command.add_argument(
@@ -101,6 +118,7 @@ def add_clips_arguments(command: argparse.ArgumentParser) -> None:
     metavar="FILE.json",
     help="{prompt: what to give to the model instead}",
   )
+  _wan.add_arguments(command)
 
 
 def add_score_arguments(command: argparse.ArgumentParser) -> None:

@@ -29,6 +29,8 @@ from crcm_jax.data._pipeline import (
 from crcm_jax.data._pipeline import (
   prepare_moving_digits as prepare_moving_digits,
 )
+from crcm_jax.data._reading import Batches as Batches
+from crcm_jax.data._reading import Reading as Reading
 from crcm_jax.data._records import BadRecord as BadRecord
 from crcm_jax.data._records import LatentExample as LatentExample
 from crcm_jax.data._shards import read_embedding as read_embedding

@@ -1,11 +1,12 @@
 """Batches of moving digits: TFDS random access, then Grain.
 
-  clips -> shuffle -> this process's share -> epochs -> batches -> latents, text
+  clips -> latents, text -> shuffle -> epochs -> this process's rows -> batches
 
 Grain indexes every step of this chain, so an iterator's position is one
 number: `get_state()` and `set_state(state)` resume exactly.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args, NamedTuple
@@ -13,8 +14,8 @@ from typing import Any, get_args, NamedTuple
 import numpy as np
 
 from crcm_jax._extras import require
-from crcm_jax.data import _latents, _text
-from crcm_jax.data._batch import Batch, BatchIterator
+from crcm_jax.data import _clips, _latents, _reading, _text
+from crcm_jax.data._batch import Batch
 from crcm_jax.data._clips import Labels, Split
 
 
@@ -64,13 +65,13 @@ def moving_digits_batches(
   shuffle: bool = True,
   epochs: int | None = None,
   in_memory: bool = False,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> BatchIterator:
+  reading: _reading.Reading | None = None,
+  rows: Sequence[int] | None = None,
+) -> _reading.Batches:
   """Iterates over batches of latents and caption embeddings, for training.
 
-  Within an epoch the processes read disjoint clips, and all of them together,
-  except a remainder that does not divide among processes or into batches.
+  The batches are the same, in the same order, however many processes read
+  their rows. What is left of the last epoch and fills no batch is left out.
 
   Args:
     builder: what `prepare_moving_digits` returned.
@@ -83,50 +84,75 @@ def moving_digits_batches(
     in_memory: whether to read and encode all clips first (300 MB for 8,192 of
       9 frames, a few seconds), which then feeds an accelerator several times
       faster. The batches are the same.
-    process_index: of this process, `jax.process_index()`.
-    process_count: of all processes, `jax.process_count()`.
+    reading: worker processes, and how many bad records to skip.
+    rows: of each batch, the examples that this process reads, such as (2, 3)
+      for the second of two processes; None for all. `sharding.local_rows`
+      names those of its devices.
 
   Returns:
     An iterator of float32 NumPy arrays: `x_0`
-    `[batch_size / process_count, frames, 8, 8, 16]`, `condition` and
-    `null_condition` `[batch_size / process_count, 8, 32]`.
+    `[len(rows), frames, 8, 8, 16]`, `condition` and `null_condition`
+    `[len(rows), 8, 32]`.
 
   Raises:
     ImportError: if the extra `data` is missing.
-    ValueError: if `batch_size` does not divide among the processes, there are
-      too few clips for a batch, or the clips have fewer than `frames` frames.
+    ValueError: if `rows` are not of the batch, there are too few clips for a
+      batch, or the clips have fewer than `frames` frames.
   """
-  check_processes(batch_size, process_index, process_count)
-  clips = _read_clips(builder, split, frames).map(_encode)
+  rows = check_rows(batch_size, rows)
+  _check_clips(builder, split, frames)
+  reading = reading or _reading.Reading()
+  clips: Any = _reading.Examples(
+    _reading.Records(builder.data_dir, split),
+    functools.partial(_encode, frames=frames),
+    _shapes(builder, frames),
+    reading.max_bad,
+  )
   if in_memory:
-    clips = require("grain", extra="data").MapDataset.source(list(clips))
+    clips = [clips[i] for i in range(len(clips))]
   return batches(
-    clips,
+    require("grain", extra="data").MapDataset.source(clips),
+    reading=reading,
     batch_size=batch_size,
     seed=seed,
     shuffle=shuffle,
     epochs=epochs,
-    process_index=process_index,
-    process_count=process_count,
+    rows=rows,
   )
 
 
 def batches(
   examples: Any,
   *,
+  reading: _reading.Reading,
   batch_size: int,
   seed: int,
   shuffle: bool,
   epochs: int | None,
-  process_index: int,
-  process_count: int,
-) -> BatchIterator:
-  """Iterates over a process's share of a Grain dataset of `Batch`es of one."""
+  rows: Sequence[int],
+) -> _reading.Batches:
+  """Iterates over rows of the batches of a Grain dataset of `Read` examples."""
   if shuffle:
     examples = examples.shuffle(seed=seed)
-  stop = len(examples) // process_count * process_count
-  share = examples[process_index:stop:process_count].repeat(epochs)
-  return _iterate(share, batch_size // process_count, _stack)
+  stream = examples.repeat(epochs)
+  _check_enough(stream, batch_size)
+  grain = require("grain", extra="data")
+  share = grain.MapDataset.source(_Rows(stream, batch_size, rows))
+  return _reading.Batches(_batched(share, len(rows), _reading.stack), reading)
+
+
+class _Rows:
+  """Some rows of each batch of a stream, one after the other."""
+
+  def __init__(self, stream: Any, batch_size: int, rows: Sequence[int]):
+    self._stream, self._batch_size, self._rows = stream, batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._stream) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Any:
+    batch, row = divmod(index, len(self._rows))
+    return self._stream[batch * self._batch_size + self._rows[row]]
 
 
 def labelled_moving_digits(
@@ -147,28 +173,33 @@ def labelled_moving_digits(
     ImportError: if the extra `data` is missing.
     ValueError: as `moving_digits_batches`.
   """
-  clips = _read_clips(builder, split, frames)
-  return _iterate(clips, batch_size, _labelled_batch)
+  _check_clips(builder, split, frames)
+  grain = require("grain", extra="data")
+  clips = grain.MapDataset.source(_reading.Records(builder.data_dir, split))
+  _check_enough(clips, batch_size)
+  make = functools.partial(_labelled_batch, frames=frames)
+  return iter(_reading.read_ahead(_batched(clips, batch_size, make)))
 
 
-def check_processes(batch_size: int, index: int, count: int) -> None:
-  """Raises a ValueError if a batch does not divide among the processes."""
-  if not 0 <= index < count:
+def check_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+  """Returns the rows to read, all for None; raises if they are not there."""
+  if batch_size < 1:
     raise ValueError(
-      f"`process_index` must lie in [0, {count}), `process_count` being"
-      f" {count}; got {index}. Pass `jax.process_index()` and"
-      " `jax.process_count()`."
+      "`batch_size` must be at least 1, for it counts the clips of all"
+      f" processes together; got {batch_size}."
     )
-  if batch_size < 1 or batch_size % count:
+  rows = range(batch_size) if rows is None else rows
+  if not rows or min(rows) < 0 or max(rows) >= batch_size:
     raise ValueError(
-      f"`batch_size` must be a positive multiple of the {count} processes, for"
-      f" it counts the clips of all together; got {batch_size}. The next larger"
-      f" one is {(max(batch_size, 0) // count + 1) * count}."
+      f"`rows` must lie in [0, {batch_size}), `batch_size` being {batch_size},"
+      f" and be at least one; got {list(rows)}. Pass"
+      " `sharding.local_rows(mesh, batch_size)`."
     )
+  return rows
 
 
-def _read_clips(builder: Any, split: str, frames: int) -> Any:
-  """Returns a Grain dataset of dictionaries, cut to their first frames."""
+def _check_clips(builder: Any, split: str, frames: int) -> None:
+  """Raises a ValueError if there are no such clips."""
   if split not in get_args(Split):
     raise ValueError(
       f"`split` must be one of {get_args(Split)}; got {split!r}."
@@ -180,34 +211,33 @@ def _read_clips(builder: Any, split: str, frames: int) -> Any:
       f" clips; got {frames}. Longer clips come from"
       f" `prepare_moving_digits(data_dir, frames={max(frames, 1)})`."
     )
-  grain = require("grain", extra="data")
-  source = builder.as_data_source(split)
-  return grain.MapDataset.source(source).map(lambda clip: _cut(clip, frames))
 
 
-def _cut(clip: dict[str, Any], frames: int) -> dict[str, Any]:
-  timed = ("video", "positions", "velocities")
-  return {k: v[:frames] if k in timed else v for k, v in clip.items()}
+def _shapes(builder: Any, frames: int) -> list[tuple[int, ...]]:
+  """Returns the shapes of an example's arrays."""
+  *_, channels = builder.info.features["video"].shape
+  size, text = _clips.CANVAS // 4, (_text.TEXT_LENGTH, _text.TEXT_WIDTH)
+  return [(frames, size, size, 16 * channels), text, text]
 
 
-def _iterate(
+def _batched(
   clips: Any, batch_size: int, make: Callable[[Sequence[Any]], Any]
 ) -> Any:
-  """Returns an iterator of batches, one thread working ahead."""
-  grain = require("grain", extra="data")
+  """Returns a Grain dataset of whole batches."""
+  return clips.batch(batch_size, drop_remainder=True, batch_fn=make)
+
+
+def _check_enough(clips: Any, batch_size: int) -> None:
   if len(clips) < batch_size:
     raise ValueError(
-      f"`batch_size` must be at most the {len(clips)} clips that a process"
-      f" reads; got {batch_size} for each process. Prepare more clips."
+      f"`batch_size` must be at most the {len(clips)} clips that there are; got"
+      f" {batch_size}. Prepare more clips."
     )
-  batches = clips.batch(batch_size, drop_remainder=True, batch_fn=make)
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  return iter(batches.to_iter_dataset(options))
 
 
-def _encode(clip: dict[str, Any]) -> Batch:
+def _encode(clip: dict[str, Any], frames: int) -> Batch:
   """Returns a clip's latents and text embeddings, without a batch axis."""
-  pixels = clip["video"].astype(np.float32) / 127.5 - 1
+  pixels = clip["video"][:frames].astype(np.float32) / 127.5 - 1
   x_0: Any = _latents.latents_from_video(pixels)
   condition, null_condition = _text.encode_captions(
     [_caption(clip), _text.NULL_CAPTION]
@@ -215,15 +245,17 @@ def _encode(clip: dict[str, Any]) -> Batch:
   return Batch(x_0, condition, null_condition)
 
 
-def _stack(examples: Sequence[Batch]) -> Batch:
-  arrays: Any = map(np.stack, zip(*examples, strict=True))
-  return Batch(*arrays)
-
-
-def _labelled_batch(clips: Sequence[dict[str, Any]]) -> LabelledBatch:
-  fields = (np.stack([clip[name] for clip in clips]) for name in Labels._fields)
-  batch = _stack([_encode(clip) for clip in clips])
-  return LabelledBatch(batch, tuple(map(_caption, clips)), Labels(*fields))
+def _labelled_batch(
+  clips: Sequence[dict[str, Any]], frames: int
+) -> LabelledBatch:
+  timed = ("positions", "velocities")
+  fields = (
+    np.stack([clip[n][:frames] if n in timed else clip[n] for clip in clips])
+    for n in Labels._fields
+  )
+  reads = [_reading.Read(_encode(clip, frames)) for clip in clips]
+  captions = tuple(map(_caption, clips))
+  return LabelledBatch(_reading.stack(reads).batch, captions, Labels(*fields))
 
 
 def _caption(clip: dict[str, Any]) -> str:

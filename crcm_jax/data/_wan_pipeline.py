@@ -1,18 +1,19 @@
 """Prepared latents: written once, then batches by TFDS and Grain."""
 
+import functools
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from crcm_jax._extras import require
-from crcm_jax.data import _pipeline
-from crcm_jax.data._batch import Batch, BatchIterator
+from crcm_jax.data import _pipeline, _reading
+from crcm_jax.data._batch import Batch
 from crcm_jax.data._records import BadRecord, LatentExample
 
 _VERSION = "1.0.0"
@@ -155,13 +156,13 @@ def wan_latents_batches(
   seed: int = 0,
   shuffle: bool = True,
   epochs: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> BatchIterator:
+  reading: _reading.Reading | None = None,
+  rows: Sequence[int] | None = None,
+) -> _reading.Batches:
   """Iterates over batches of a prepared dataset, for training.
 
-  Within an epoch the processes read disjoint videos, and all of them together,
-  except a remainder that does not divide among processes or into batches.
+  The batches are the same, in the same order, however many processes read
+  their rows. What is left of the last epoch and fills no batch is left out.
 
   Args:
     folder: what `prepare_wan_latents` returned.
@@ -170,8 +171,10 @@ def wan_latents_batches(
     seed: of the shuffle; every epoch has another order.
     shuffle: False keeps the order of the files.
     epochs: how often each video is read; None is for ever.
-    process_index: of this process, `jax.process_index()`.
-    process_count: of all processes, `jax.process_count()`.
+    reading: worker processes, and how many bad records to skip.
+    rows: of each batch, the examples that this process reads, such as (2, 3)
+      for the second of two processes; None for all. `sharding.local_rows`
+      names those of its devices.
 
   Returns:
     An iterator of float32 NumPy arrays.
@@ -179,35 +182,40 @@ def wan_latents_batches(
   Raises:
     ImportError: if the extra `data` is missing.
     FileNotFoundError: if there is no dataset.
-    ValueError: if `batch_size` does not divide among the processes, there are
-      too few videos for a batch, or they are shorter than `frames`.
+    ValueError: if `rows` are not of the batch, there are too few videos for a
+      batch, or they are shorter than `frames`.
   """
-  _pipeline.check_processes(batch_size, process_index, process_count)
-  builder, info = _open(folder), describe_wan_latents(folder)
+  rows = _pipeline.check_rows(batch_size, rows)
+  info = describe_wan_latents(folder)
   frames = info.latents[0] if frames is None else frames
   if not 1 <= frames <= info.latents[0]:
     raise ValueError(
       f"`frames` must lie in [1, {info.latents[0]}], the length of the prepared"
       f" latents; got {frames}."
     )
+  reading = reading or _reading.Reading()
   null = np.load(_null_file(folder))
-
-  def example(record: dict[str, Any]) -> Batch:
-    embedding = np.zeros(info.embedding, np.float32)
-    embedding[: len(record["embedding"])] = record["embedding"]
-    return Batch(record["latents"][:frames].astype(np.float32), embedding, null)
-
-  grain = require("grain", extra="data")
-  videos = grain.MapDataset.source(builder.as_data_source("train"))
+  videos = _reading.Examples(
+    _reading.Records(folder, "train"),
+    functools.partial(_example, null=null, frames=frames),
+    [(frames, *info.latents[1:]), info.embedding, info.embedding],
+    reading.max_bad,
+  )
   return _pipeline.batches(
-    videos.map(example),
+    require("grain", extra="data").MapDataset.source(videos),
+    reading=reading,
     batch_size=batch_size,
     seed=seed,
     shuffle=shuffle,
     epochs=epochs,
-    process_index=process_index,
-    process_count=process_count,
+    rows=rows,
   )
+
+
+def _example(record: dict[str, Any], null: np.ndarray, frames: int) -> Batch:
+  embedding = np.zeros(null.shape, np.float32)
+  embedding[: len(record["embedding"])] = record["embedding"]
+  return Batch(record["latents"][:frames].astype(np.float32), embedding, null)
 
 
 def _open(folder: str | os.PathLike[str]) -> Any:

@@ -5,6 +5,8 @@ from crcm_jax.evaluation._classifier import classifier_loss as classifier_loss
 from crcm_jax.evaluation._classifier import FrameClassifier as FrameClassifier
 from crcm_jax.evaluation._classifier import load_classifier as load_classifier
 from crcm_jax.evaluation._classifier import save_classifier as save_classifier
+from crcm_jax.evaluation._drift import chunk_statistics as chunk_statistics
+from crcm_jax.evaluation._drift import ChunkStatistics as ChunkStatistics
 from crcm_jax.evaluation._evaluate import evaluate as evaluate
 from crcm_jax.evaluation._evaluate import Sampler as Sampler
 from crcm_jax.evaluation._features import FeatureSpace as FeatureSpace

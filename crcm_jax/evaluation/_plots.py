@@ -1,13 +1,13 @@
 """Line charts as inline SVG: they need no library and print sharply.
 
-A chart shows one metric over the steps: the points thinly, their running mean
-as a bold line. Colours come from the page's style, so that charts follow its
-light and dark modes.
+A chart shows one metric over the steps, of one run or of two on the same axes:
+the points thinly, their running mean as a bold line. Colours come from the
+page's style, so that charts follow its light and dark modes.
 """
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,28 +31,77 @@ def line_chart(
   Returns:
     An `<svg>` element.
   """
+  return _chart([_finite(steps, values)], [name])
+
+
+def compare_chart(
+  runs: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
+) -> str:
+  """Draws one metric of several runs on the same axes.
+
+  Args:
+    runs: each run's name, steps and values, as `line_chart` takes them. The
+      first run's line is solid, the others' have another colour and dashes.
+
+  Returns:
+    An `<svg>` element.
+  """
+  return _chart([_finite(*run) for run in runs.values()], list(runs))
+
+
+_Points = tuple[np.ndarray, np.ndarray]
+
+
+def _finite(steps: Sequence[Any], values: Sequence[Any]) -> _Points:
   x, y = np.asarray(steps, float), np.asarray(values, float)
-  x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+  return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def _chart(runs: list[_Points], names: list[str]) -> str:
+  x, y = (np.concatenate(arrays) for arrays in zip(*runs, strict=True))
   if len(y) == 0:
     return "<p>No finite value was logged.</p>"
   is_log = bool(y.min() > 0 and y.max() / y.min() > _LOG_RATIO)
-  smooth = _running_mean(y, window=max(1, len(y) // 30))
   x_axis = _Axis(x.min(), x.max(), _LEFT, _WIDTH - _RIGHT)
   y_axis = _Axis(*_span(y, is_log), _HEIGHT - _BOTTOM, _TOP, is_log=is_log)
-  keep = np.unique(np.linspace(0, len(x) - 1, _MAX_POINTS).astype(int))
-  said = (
-    f"{name}: {_number(smooth[0])} at step {x[0]:.0f},"
-    f" {_number(smooth[-1])} at step {x[-1]:.0f}"
-  )
+  lines, said = [], []
+  for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+    if len(run[0]):
+      more = " other" if i else ""
+      lines += _lines(*run, x_axis, y_axis, more)
+      said.append(_said(*run, name))
   parts = [
     f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
-    f' aria-label="{html.escape(said)}">',
+    f' aria-label="{html.escape("; ".join(said))}">',
     *_grid(x_axis, y_axis),
-    _polyline("raw", x_axis(x[keep]), y_axis(y[keep])),
-    _polyline("mean", x_axis(x[keep]), y_axis(smooth[keep])),
+    *lines,
     "</svg>",
   ]
   return "".join(parts)
+
+
+def _lines(
+  x: np.ndarray, y: np.ndarray, x_axis: "_Axis", y_axis: "_Axis", more: str
+) -> list[str]:
+  """Draws the points thinly and their running mean."""
+  keep = np.unique(np.linspace(0, len(x) - 1, _MAX_POINTS).astype(int))
+  smooth = _smooth(y)
+  return [
+    _polyline(f"raw{more}", x_axis(x[keep]), y_axis(y[keep])),
+    _polyline(f"mean{more}", x_axis(x[keep]), y_axis(smooth[keep])),
+  ]
+
+
+def _said(x: np.ndarray, y: np.ndarray, name: str) -> str:
+  smooth = _smooth(y)
+  return (
+    f"{name}: {_number(smooth[0])} at step {x[0]:.0f},"
+    f" {_number(smooth[-1])} at step {x[-1]:.0f}"
+  )
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+  return _running_mean(y, window=max(1, len(y) // 30))
 
 
 class _Axis:

@@ -2,9 +2,11 @@
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675;
-  --paper: #fdfdfb; --line: #dfe3e8; --shade: #f1f3f5; --accent: #0b63b5; }
+  --paper: #fdfdfb; --line: #dfe3e8; --shade: #f1f3f5; --accent: #0b63b5;
+  --other: #c2410c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adba;
-  --paper: #14181e; --line: #323a45; --shade: #1d232b; --accent: #74b5f5; } }
+  --paper: #14181e; --line: #323a45; --shade: #1d232b; --accent: #74b5f5;
+  --other: #fb923c; } }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans",
     sans-serif; }
@@ -43,6 +45,10 @@ svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke: var(--accent); stroke-linejoin: round; }
 svg .raw { opacity: .3; stroke-width: 1; }
 svg .mean { stroke-width: 2; }
+svg .other { stroke: var(--other); }
+svg .mean.other { stroke-dasharray: 6 3; }
+.first { color: var(--accent); }
+.other { color: var(--other); }
 summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--shade); padding: .8rem 1rem; border-radius: 4px;
   overflow-x: auto; font-size: .85rem; }

@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from crcm_jax.evaluation import _video
+from crcm_jax.evaluation import _video, _video_writer
 
-MakeClip: TypeAlias = Callable[[str, int], np.ndarray]
-"""Makes a clip of (prompt, seed): uint8 or floats in [-1, 1], [f, h, w, c]."""
+MakeClip: TypeAlias = Callable[[str, int], np.ndarray | Iterator[np.ndarray]]
+"""Makes a clip of (prompt, seed): uint8 or floats in [-1, 1], [f, h, w, c]; or
+pieces of one, uint8 [f, h, w, 3], which are written as they come."""
 
 CUSTOM_DIMENSIONS = (
   "subject_consistency",
@@ -209,13 +210,23 @@ def write_vbench_clips(
     for i, seed in enumerate(seeds):
       path = videos / f"{prompt}-{i}.mp4"
       if not path.exists():
-        clip = make(rewrite.get(prompt, prompt), seed)
-        _video.write_video(path, clip, fps=fps, min_size=1)
+        _write(path, make(rewrite.get(prompt, prompt), seed), fps)
       if on_clip is not None:
         on_clip(path)
   info = out / "vbench_eval_info.json"
   _video.write_whole(info, _as_bytes(_eval_info(prompts, videos, len(seeds))))
   return info
+
+
+def _write(
+  path: pathlib.Path, clip: np.ndarray | Iterator[np.ndarray], fps: float
+) -> None:
+  if isinstance(clip, np.ndarray):
+    _video.write_video(path, clip, fps=fps, min_size=1)
+    return
+  with _video_writer.video_writer(path, fps=fps) as write:
+    for frames in clip:
+      write(frames)
 
 
 def _eval_info(

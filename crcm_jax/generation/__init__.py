@@ -14,7 +14,9 @@ from crcm_jax.generation._networks import Networks as Networks
 from crcm_jax.generation._networks import RANDOM as RANDOM
 from crcm_jax.generation._networks import random_networks as random_networks
 from crcm_jax.generation._networks import random_params as random_params
-from crcm_jax.generation._networks import WHERE_FROM as WHERE_FROM
 from crcm_jax.generation._settings import Settings as Settings
+from crcm_jax.generation._speed import measure_speed as measure_speed
+from crcm_jax.generation._speed import Speed as Speed
+from crcm_jax.generation._speed import warm_up as warm_up
 from crcm_jax.generation._trained import check_trained as check_trained
 from crcm_jax.generation._trained import trained_pattern as trained_pattern

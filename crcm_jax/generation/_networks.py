@@ -1,14 +1,4 @@
-"""The networks that make a video of a prompt: from a folder, or random.
-
-A folder is laid out as the original's, as that of diffusers, or with files of
-`crcm convert`:
-
-* original: `diffusion_pytorch_model.safetensors` or its index,
-  `Wan2.1_VAE.pth`, `models_t5_umt5-xxl-enc-bf16.pth`, `google/umt5-xxl/`;
-* diffusers: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`;
-* ours: `transformer.safetensors`, `vae.safetensors`,
-  `text_encoder.safetensors`, `tokenizer/`.
-"""
+"""The networks that make a video of a prompt: from a folder, or random."""
 
 import dataclasses
 import hashlib
@@ -16,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,30 +15,6 @@ import numpy as np
 
 from crcm_jax import models
 from crcm_jax._typing import Array, Float, Params
-
-_PLACES = {
-  "transformer": (
-    "transformer",
-    "transformer.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-  ),
-  "autoencoder": ("vae", "vae.safetensors", "Wan2.1_VAE.pth"),
-  "text encoder": (
-    "text_encoder",
-    "text_encoder.safetensors",
-    "models_t5_umt5-xxl-enc-bf16.pth",
-  ),
-  "tokenizer": ("tokenizer", "google/umt5-xxl"),
-}
-
-WHERE_FROM = (
-  "Wan 2.1's are published as Wan-AI/Wan2.1-T2V-1.3B (or -14B) and, in the"
-  " layout of diffusers, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers; a distilled"
-  " student is a transformer alone: --transformer FILE beside a folder with"
-  " the rest. To measure speed without weights: --random-weights 1.3B."
-)
-"""Where weights come from: nothing is downloaded."""
 
 _GROUP = 8  # prompts embedded at a time
 _BLOCK = 2**18  # random numbers drawn at a time
@@ -64,7 +30,9 @@ class Networks:
     vae: decodes latents.
     vae_params: its parameters.
     embed: embeds prompts. It loads the text encoder when it has to, and keeps
-      it no longer than the call: hand it all prompts at once.
+      it no longer than the call.
+    prepare: embeds prompts ahead, loading the encoder once, and keeps them on
+      disk: afterwards `embed` need not load it.
     about: what the transformer's file says of itself.
     weights_hash: tells one transformer from another.
   """
@@ -73,7 +41,8 @@ class Networks:
   params: Params
   vae: models.Vae
   vae_params: Params
-  embed: Callable[[Sequence[str]], Float[np.ndarray, "b l d"]]
+  embed: models.Embed
+  prepare: Callable[[Sequence[str]], None] = lambda prompts: None
   about: Mapping[str, Any]
   weights_hash: str
 
@@ -89,7 +58,7 @@ def load_networks(
   """Reads the networks of a folder.
 
   Args:
-    folder: laid out as this module describes.
+    folder: see `models.find_networks`.
     transformer: another file or folder for the transformer, such as that of a
       distilled student.
     group: which of several networks to take of its file.
@@ -100,46 +69,26 @@ def load_networks(
     FileNotFoundError: if a part is missing; all that are, are named.
     ValueError: if a file is broken or of another kind.
   """
-  places = _find(pathlib.Path(folder), transformer)
+  places = models.find_networks(folder, transformer=transformer)
   config, params, about = _load(
     places["transformer"], models.WanConfig, dtype, group
   )
   vae, vae_params, _ = _load(places["autoencoder"], models.VaeConfig, dtype)
-  embed = _embedder(places, config.text_length, dtype)
+  embed = models.CachedEmbedder(
+    _embedder(places, config.text_length, dtype),
+    cache,
+    identity=_quick_hash(places["text encoder"]),
+  )
   return Networks(
     transformer=models.Wan(config),
     params=params,
     vae=models.Vae(vae),
     vae_params=vae_params,
-    embed=models.cached_embedder(
-      embed, cache, identity=_quick_hash(places["text encoder"])
-    ),
+    embed=embed,
+    prepare=embed.prepare,
     about=about,
     weights_hash=_full_hash(places["transformer"]),
   )
-
-
-def _find(
-  folder: pathlib.Path, transformer: str | os.PathLike[str] | None
-) -> dict[str, pathlib.Path]:
-  """Returns where each part lies."""
-  found = {}
-  for part, names in _PLACES.items():
-    places = [folder / name for name in names]
-    found[part] = next((place for place in places if place.exists()), None)
-  if transformer is not None:
-    found["transformer"] = pathlib.Path(transformer)
-  missing = [
-    f"{part} ({' or '.join(_PLACES[part])})"
-    for part, place in found.items()
-    if place is None
-  ]
-  if missing:
-    raise FileNotFoundError(
-      f"`weights` must be a folder with Wan's networks; {str(folder)!r} lacks:"
-      f" {'; '.join(missing)}. {WHERE_FROM}"
-    )
-  return {part: place for part, place in found.items() if place is not None}
 
 
 def _load(
@@ -155,14 +104,14 @@ def _load(
 
 
 def _embedder(places: Mapping[str, pathlib.Path], length: int, dtype: Any):
-  def embed(prompts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
+  def embed(prompts: Sequence[str]) -> Iterator[Float[np.ndarray, "l d"]]:
     tokenize = models.load_tokenizer(places["tokenizer"])
     config, params, _ = _load(places["text encoder"], models.TextConfig, dtype)
     encode = models.prompt_embedder(
       models.TextEncoder(config), params, tokenize, length=length
     )
-    starts = range(0, len(prompts), _GROUP)
-    return np.concatenate([encode(prompts[i : i + _GROUP]) for i in starts])
+    for i in range(0, len(prompts), _GROUP):
+      yield from encode(prompts[i : i + _GROUP])
 
   return embed
 

@@ -15,8 +15,12 @@ from crcm_jax.models._convert import config_from as config_from
 from crcm_jax.models._convert import convert as convert
 from crcm_jax.models._encoders import Encoders as Encoders
 from crcm_jax.models._encoders import load_encoders as load_encoders
+from crcm_jax.models._folder import files_of as files_of
+from crcm_jax.models._folder import find_networks as find_networks
+from crcm_jax.models._folder import WHERE_FROM as WHERE_FROM
 from crcm_jax.models._load import load_network as load_network
-from crcm_jax.models._prompts import cached_embedder as cached_embedder
+from crcm_jax.models._prompts import CachedEmbedder as CachedEmbedder
+from crcm_jax.models._prompts import Embed as Embed
 from crcm_jax.models._prompts import load_tokenizer as load_tokenizer
 from crcm_jax.models._prompts import prompt_embedder as prompt_embedder
 from crcm_jax.models._prompts import prompt_tokens as prompt_tokens
@@ -39,3 +43,4 @@ from crcm_jax.models._vae_video import encode_video as encode_video
 from crcm_jax.models._vae_video import VaeCache as VaeCache
 from crcm_jax.models._wan import add_end_time as add_end_time
 from crcm_jax.models._wan import Wan as Wan
+from crcm_jax.models._working_copy import working_copy as working_copy

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from crcm_jax._typing import Array, Int
+from crcm_jax.kernels._compat import target_platform
+from crcm_jax.models._config import WanConfig
 from crcm_jax.models._layers import KeysValues
 
 
@@ -21,7 +23,7 @@ class Cache(NamedTuple):
   """
 
   past: KeysValues
-  """`[layers b y n d]`, the frames seen from slot 0 on; the rest is unread."""
+  """`[layers b f p n d]`, frames seen from slot 0 on; the rest is unread."""
   text: KeysValues
   """`[layers b l n d]`, the prompt."""
   frames: Int[Array, ""]
@@ -29,7 +31,7 @@ class Cache(NamedTuple):
   position: Int[Array, ""]
   """int32, absolute index of the next frame, which turns queries and keys."""
 
-  def extended(self, own: KeysValues, frames: int) -> "Cache":
+  def extended(self, own: KeysValues) -> "Cache":
     """Returns the cache with a chunk's keys and values.
 
     One write after the scan over layers, not one a layer inside it: there XLA
@@ -37,15 +39,12 @@ class Cache(NamedTuple):
     reads are over, and a donated cache is written in place.
 
     Args:
-      own: the chunk's keys and values, `[layers b s n d]`.
-      frames: its latent frames, s tokens.
+      own: the chunk's keys and values, `[layers b f p n d]`.
     """
-    zero = jnp.zeros_like(self.frames)
-    slot = self.frames * (own.keys.shape[2] // frames)
+    frames = own.keys.shape[2]
 
     def write(past: Array, new: Array) -> Array:
-      start = (zero, zero, slot, zero, zero)
-      return jax.lax.dynamic_update_slice(past, new, start)
+      return jax.lax.dynamic_update_slice_in_dim(past, new, self.frames, 2)
 
     return self._replace(
       past=KeysValues(*map(write, self.past, own)),
@@ -55,8 +54,31 @@ class Cache(NamedTuple):
 
 
 def empty_past(
-  layers: int, batch: int, tokens: int, heads: int, head_width: int, dtype: Any
+  config: WanConfig, batch: int, frames: int, tokens: int, dtype: Any
 ) -> KeysValues:
-  """Allocates keys and values for `tokens` tokens."""
-  shape = (layers, batch, tokens, heads, head_width)
+  """Allocates keys and values for `frames` frames of `tokens` tokens."""
+  heads = (config.heads, config.head_width)
+  shape = (config.layers, batch, frames, tokens, *heads)
   return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def as_one_sequence(past: KeysValues) -> KeysValues | None:
+  """Returns the past of all layers as one context, where that saves time.
+
+  A scan hands each layer its slice of a cache, and what a GPU kernel reads, a
+  slice included, must lie in memory: it would be copied, all of it in each
+  call. A kernel that is told which tokens it may see can as well find its
+  layer's within those of all layers.
+
+  Args:
+    past: keys and values, `[layers b f p n d]`.
+
+  Returns:
+    Keys and values, `[b (layers f p) n d]`; None where there are several
+    videos, more than 32 bits of elements, or no such kernel.
+  """
+  one = past.keys.shape[1] == 1 and past.keys.size < 2**31
+  if not one or target_platform() != "gpu":
+    return None
+  head = past.keys.shape[-2:]
+  return KeysValues(*(a.reshape(1, -1, *head) for a in past))

@@ -62,12 +62,14 @@ def check_chunk(
   """
   _check_latents(config, x)
   _check_times("t", t, x)
-  tokens = x.shape[1] * config.tokens_per_frame(*x.shape[2:4])
-  if cache[1] != x.shape[0] or cache[2] < tokens:
+  batch, frames = x.shape[:2]
+  tokens = config.tokens_per_frame(*x.shape[2:4])
+  if (cache[1], cache[3]) != (batch, tokens) or cache[2] < frames:
     raise ValueError(
-      f"`cache` must hold batch {x.shape[0]} and at least the {tokens} tokens"
-      f" of this chunk; got batch {cache[1]} and room for {cache[2]} tokens."
-      " Call `init` with the batch of `x` and all frames to come."
+      f"`cache` must hold batch {batch} and at least the {frames} frames of"
+      f" this chunk, of {tokens} tokens each; got batch {cache[1]} and room for"
+      f" {cache[2]} frames of {cache[3]} tokens. Call `init` with the batch of"
+      " `x` and all frames to come."
     )
 
 

@@ -58,17 +58,11 @@ class WanChunks:
     config = self.model.config
     check_conditioning(config, as_conditioning(self.text), batch)
     text = self._apply("text_keys_values", params, self.text)
-    tokens = frames * config.tokens_per_frame(self.height, self.width)
-    past = empty_past(
-      config.layers,
-      batch,
-      tokens,
-      config.heads,
-      config.head_width,
-      text.keys.dtype,
-    )
+    tokens = config.tokens_per_frame(self.height, self.width)
+    past = empty_past(config, batch, frames, tokens, text.keys.dtype)
     start = jnp.zeros((), jnp.int32)
-    return Cache(past=past, text=text, frames=start, position=start)
+    cache = Cache(past=past, text=text, frames=start, position=start)
+    return self._placed(cache)
 
   def velocity(
     self, params: Params, x: Latents, t: Times, cache: Cache
@@ -95,7 +89,7 @@ class WanChunks:
     detached = jax.lax.stop_gradient((params, x, t, cache))
     frames = self._frames(cache, x.shape[1])
     v, own = self._apply("chunk", *detached, frames)
-    return v, cache.extended(own, x.shape[1])
+    return v, self._placed(cache.extended(own))
 
   def rewind(
     self, params: Params, cache: Cache, frames: Int[Array, ""]
@@ -106,6 +100,10 @@ class WanChunks:
     """
     text = self._apply("text_keys_values", params, self.text)
     return cache._replace(text=text, frames=frames, position=frames)
+
+  def _placed(self, cache: Cache) -> Cache:
+    place = self.model.place
+    return cache if place is None else place("cache", cache)
 
   def _frames(self, cache: Cache, length: int) -> Array | None:
     """Returns what is known of the next frames."""

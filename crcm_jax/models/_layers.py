@@ -3,7 +3,8 @@
 Every layer computes in the dtype of its input, with its parameters cast to
 it; where precision changes, a cast is written out (see `Precision`). Tokens
 keep their frame as an axis, `[b f p m]` with p tokens a frame and m the width,
-so that modulation is one row a frame, `[b f 1 m]`.
+so that modulation is one row a frame, `[b f 1 m]`, and that each device can
+hold a part of every frame.
 """
 
 import functools
@@ -19,7 +20,7 @@ from crcm_jax.models._config import WanConfig
 from crcm_jax.models._rope import RopeTable, rotate
 
 Tokens: TypeAlias = Float[Array, "b f p m"]
-Heads: TypeAlias = Float[Array, "b s n d"]
+Heads: TypeAlias = Float[Array, "b *s n d"]
 Attend: TypeAlias = Callable[[Array, Array, Array], Array]
 """`attend(q, k, v) -> o`, with mask and context closed over."""
 
@@ -149,7 +150,7 @@ class Attention(nn.Module):
     return self.out(o.reshape(like.shape))
 
   def _heads(self, x: Float[Array, "b *s m"]) -> Heads:
-    return x.reshape(x.shape[0], -1, self.config.heads, self.config.head_width)
+    return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_width)
 
   def _normed(self, x: Array, norm: RmsNorm, rope: RopeTable | None) -> Heads:
     island = self.config.precision(x.dtype).island

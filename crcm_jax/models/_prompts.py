@@ -3,13 +3,14 @@
 Wan reads 512 embeddings a prompt; after the last token they are zero.
 """
 
+import dataclasses
 import hashlib
 import html
 import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -148,38 +149,43 @@ def prompt_embedder(
   return embed
 
 
-def cached_embedder(
-  embed: Embed, folder: str | os.PathLike[str], *, identity: str
-) -> Embed:
-  """Keeps embeddings on disk, so that each prompt is embedded once.
+@dataclasses.dataclass(frozen=True)
+class CachedEmbedder:
+  """Embeds prompts as `embed` does, each once: they are kept on disk.
 
-  Args:
-    embed: embeds the prompts that are not there; not called if all are. It
-      may load the encoder when it is called first.
+  Attributes:
+    embed: embeds those that are not there, one after another; not called if
+      all are. It may load the encoder when it is called.
     folder: where they are kept, a safetensors file a prompt.
     identity: what the embeddings depend on beside the prompt, such as the hash
       of the encoder's checkpoint; another one shares nothing.
-
-  Returns:
-    A function of prompts, as `embed` is.
   """
-  folder = pathlib.Path(folder)
 
-  def file_of(prompt: str) -> pathlib.Path:
-    text = f"{identity}\0{clean_prompt(prompt)}"
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+  embed: Callable[[Sequence[str]], Iterable[Float[np.ndarray, "l d"]]]
+  folder: str | os.PathLike[str]
+  _: dataclasses.KW_ONLY
+  identity: str
 
-  def cached(prompts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {prompt: _read(file_of(prompt)) for prompt in prompts}
-    missing = [prompt for prompt, array in known.items() if array is None]
-    made = embed(missing) if missing else ()
+  def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
+    """Returns the embeddings of prompts."""
+    self.prepare(prompts)
+    return np.stack([np.asarray(self._read(prompt)) for prompt in prompts])
+
+  def prepare(self, prompts: Sequence[str]) -> None:
+    """Embeds the prompts that are not on disk, and keeps none in memory."""
+    pathlib.Path(self.folder).mkdir(parents=True, exist_ok=True)
+    missing = [p for p in dict.fromkeys(prompts) if self._read(p) is None]
+    made = self.embed(missing) if missing else ()
     for prompt, array in zip(missing, made, strict=True):
-      _write(file_of(prompt), prompt, array)
-      known[prompt] = array
-    return np.stack([np.asarray(known[prompt]) for prompt in prompts])
+      _write(self._file_of(prompt), prompt, array)
 
-  return cached
+  def _read(self, prompt: str) -> np.ndarray | None:
+    return _read(self._file_of(prompt))
+
+  def _file_of(self, prompt: str) -> pathlib.Path:
+    text = f"{self.identity}\0{clean_prompt(prompt)}"
+    name = hashlib.sha256(text.encode()).hexdigest()
+    return pathlib.Path(self.folder, f"{name}.safetensors")
 
 
 def _write(path: pathlib.Path, prompt: str, array: np.ndarray) -> None:

@@ -9,6 +9,8 @@ policy names what it keeps besides:
 * `"dots"`: the products with weights as well.
 """
 
+from typing import Any
+
 import jax
 
 from crcm_jax import kernels
@@ -22,3 +24,21 @@ REMAT_POLICIES = {
   ),
 }
 """Policies for `WanConfig.remat`."""
+
+
+def remat_policy(name: str | None, *, placed: bool) -> Any:
+  """Returns what to keep of a layer; None where it keeps all.
+
+  Args:
+    name: of `WanConfig.remat`.
+    placed: whether the layer's parameters are gathered from other devices as
+      it begins. To keep them would be to hold all layers' at once, so without
+      a name everything but them is kept.
+  """
+  if name is None:
+    return _all_but_placed if placed else None
+  return REMAT_POLICIES[name]
+
+
+def _all_but_placed(prim: Any, *_: Any, **__: Any) -> bool:
+  return prim.name != "sharding_constraint"

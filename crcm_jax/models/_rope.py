@@ -22,8 +22,8 @@ BASE = 10000.0
 class RopeTable(NamedTuple):
   """Cosines and signed sines of every token, each repeated over its pair."""
 
-  cos: Float[Array, "1 s 1 d"]
-  sin: Float[Array, "1 s 1 d"]
+  cos: Float[Array, "1 f p 1 d"]
+  sin: Float[Array, "1 f p 1 d"]
   """Sines, negated at even features."""
 
 
@@ -72,19 +72,20 @@ def rope_angles(
   return jnp.concatenate(angles, axis=-1).reshape(-1, head_width // 2)
 
 
-def rope_table(*args: Any, **kwargs: Any) -> RopeTable:
+def rope_table(*args: int, **kwargs: Any) -> RopeTable:
   """Tabulates what `rotate` needs; arguments as for `rope_angles`."""
+  frames, rows, columns, head_width = args
   angles = rope_angles(*args, **kwargs)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   interleave = lambda even, odd: jnp.stack([even, odd], -1).reshape(
-    1, angles.shape[0], 1, -1
+    1, frames, rows * columns, 1, head_width
   )
   return RopeTable(interleave(cos, cos), interleave(-sin, sin))
 
 
 def rotate(
-  x: Float[Array, "b s n d"], table: RopeTable
-) -> Float[Array, "b s n d"]:
+  x: Float[Array, "b f p n d"], table: RopeTable
+) -> Float[Array, "b f p n d"]:
   """Turns the feature pairs of queries or keys, in the dtype of the table."""
   x = x.astype(table.cos.dtype)
   swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)

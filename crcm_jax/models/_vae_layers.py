@@ -22,6 +22,9 @@ Video: TypeAlias = Float[Array, "b f h w c"]
 Output: TypeAlias = Float[Array, "b f_out h_out w_out c_out"]
 """A video whose axes may differ from those of what came in."""
 
+_ATTENTION = kernels.Xla(block_queries=2048, block_keys=8192)
+"""One wide head: few large tiles keep a GPU busier than many small ones."""
+
 _kernel_init = nn.initializers.lecun_normal()
 
 
@@ -48,7 +51,12 @@ class Past(nn.Module):
 
 
 class Conv(nn.Module):
-  """A convolution over frames, rows and columns, without padding in time."""
+  """A convolution over frames, rows and columns, without padding in time.
+
+  It is computed as one of images, whose channels are those of all the frames
+  that a frame is made of: cuDNN convolves images of bfloat16 channels last, on
+  matrix units, but XLA lays out video channels first for it.
+  """
 
   features: int
   kernel: tuple[int, int, int]
@@ -67,14 +75,23 @@ class Conv(nn.Module):
     )
     same = [((size - 1) // 2, size // 2) for size in self.kernel[1:]]
     padding = same if self.space_padding is None else [self.space_padding] * 2
+    images = self._side_by_side(x)
     y = jax.lax.conv_general_dilated(
-      x,
-      kernel.astype(x.dtype),
-      self.strides,
-      [(0, 0), *padding],
-      dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+      einops.rearrange(images, "b f h w c -> (b f) h w c"),
+      einops.rearrange(kernel.astype(x.dtype), "k h w c o -> h w (k c) o"),
+      self.strides[1:],
+      padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    y = y.reshape(x.shape[0], -1, *y.shape[1:])
     return y + bias.astype(x.dtype).reshape(1, 1, 1, 1, -1)
+
+  def _side_by_side(self, x: Video) -> Output:
+    """Puts the frames that each new frame is made of into its channels."""
+    taps, stride = self.kernel[0], self.strides[0]
+    last = x.shape[1] - taps + 1
+    frames = [x[:, tap : tap + last : stride] for tap in range(taps)]
+    return frames[0] if taps == 1 else jnp.concatenate(frames, axis=-1)
 
 
 class CausalConv(nn.Module):
@@ -146,7 +163,7 @@ class FrameAttention(nn.Module):
     y = pointwise(3 * x.shape[-1], "qkv")(y)
     pixels = einops.rearrange(y, "b f h w c -> (b f) (h w) 1 c")
     q, k, v = jnp.split(pixels, 3, axis=-1)
-    o = kernels.attention(q, k, v, implementation="xla").reshape(x.shape)
+    o = kernels.attention(q, k, v, implementation=_ATTENTION).reshape(x.shape)
     return x + pointwise(x.shape[-1], "out")(o)
 
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from crcm_jax import kernels
 from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models._cache import Cache
+from crcm_jax.models._cache import as_one_sequence, Cache
 from crcm_jax.models._checks import check_call, check_chunk, check_end_time
 from crcm_jax.models._conditioning import (
   as_conditioning,
@@ -49,7 +49,7 @@ from crcm_jax.models._layers import (
   xavier,
 )
 from crcm_jax.models._patches import patchify, unpatchify
-from crcm_jax.models._remat import REMAT_POLICIES
+from crcm_jax.models._remat import remat_policy
 from crcm_jax.models._rope import rope_table, RopeTable
 from crcm_jax.models._time import sinusoid
 
@@ -74,6 +74,9 @@ class Wan(nn.Module):
     config: sizes and precision.
     attention: the attention operation, `kernels.attention` or a form of it
       (sharded, say) with the same signature.
+    place: `place(name, tree)` puts arrays on their devices: the "tokens" of
+      streams, the "patches" of a velocity, a "layer" of parameters, a "cache";
+      `training.sharding` has one for a mesh. None leaves them.
 
   Example:
     >>> model = Wan(WanConfig(layers=2, width=32, heads=2, ffn_width=64,
@@ -86,6 +89,7 @@ class Wan(nn.Module):
 
   config: WanConfig
   attention: Callable[..., Array] = kernels.attention
+  place: Callable[[str, Any], Any] | None = None
 
   def setup(self):
     """Makes the layers; the parameters of `blocks` are stacked."""
@@ -206,7 +210,7 @@ class Wan(nn.Module):
       end_time: as in `__call__`.
 
     Returns:
-      The velocity, and the chunk's keys and values `[layers b s n d]`.
+      The velocity, and the chunk's keys and values `[layers b f p n d]`.
 
     Raises:
       ValueError: if shapes do not fit each other, the config or the cache.
@@ -219,15 +223,24 @@ class Wan(nn.Module):
     rope = self._rope(x, cache.position)
     stored = cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
     ranges = jnp.stack([jnp.zeros_like(stored), stored])[None]
+    past = jax.lax.stop_gradient(cache.past)
+    ours = self.attention is kernels.attention  # and not a sharded form of it
+    joined = as_one_sequence(past) if ours else None
 
-    def body(block: Block, tokens: Array, xs: tuple[KeysValues, KeysValues]):
-      past, text = xs
+    def body(block: Block, tokens: Array, xs: Any):
+      past, start, text = xs
       attend = functools.partial(
-        self.attention, context=past, context_ranges=ranges
+        self.attention,
+        context=past if joined is None else joined,
+        context_ranges=ranges if joined is None else ranges + start,
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
-    xs = (jax.lax.stop_gradient(cache.past), cache.text)
+    starts = None
+    if joined is not None:
+      layers, total = self.config.layers, joined.keys.shape[1]
+      past, starts = None, jnp.arange(0, total, total // layers, jnp.int32)
+    xs = (past, starts, cache.text)
     tokens, own = self._scan(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
 
@@ -288,12 +301,19 @@ class Wan(nn.Module):
 
     return self._scan(body, (clean.tokens, noisy.tokens))[0][1]
 
-  def _scan(self, body: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
-    """Runs `body(block, carry, xs) -> (carry, ys)` over the layers."""
-    if self.config.remat is not None:
-      body = nn.remat(
-        body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
-      )
+  def _scan(self, layer: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
+    """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
+
+    def body(block: Block, carry: Any, xs: Any):
+      if self.place is not None:
+        block = _with_params(block, functools.partial(self.place, "layer"))
+        carry = self.place("tokens", carry)
+      return layer(block, carry, xs)
+
+    placed = self.place is not None
+    policy = remat_policy(self.config.remat, placed=placed)
+    if policy is not None:
+      body = nn.remat(body, policy=policy, prevent_cse=False)
     layers = nn.scan(
       body,
       variable_axes={"params": 0},
@@ -349,7 +369,10 @@ class Wan(nn.Module):
   def _velocity(
     self, tokens: Float[Array, "b f p m"], e: Array, height: int
   ) -> Latents:
-    return unpatchify(self.head(tokens, e), self.config.patch, height=height)
+    patches = self.head(tokens, e)
+    if self.place is not None:
+      patches = self.place("patches", patches)
+    return unpatchify(patches, self.config.patch, height=height)
 
   def _compute(self, a: Array, like: Array) -> Array:
     return a.astype(self.config.precision(like.dtype).compute)
@@ -395,5 +418,9 @@ def _frozen(block: Block) -> Block:
   Stopping its keys and values alone would give the same gradient, but the
   clean stream would be linearised and run backward on zeros.
   """
-  variables = jax.lax.stop_gradient(block.variables)
+  return _with_params(block, jax.lax.stop_gradient)
+
+
+def _with_params(block: Block, change: Callable[[Params], Params]) -> Block:
+  variables = {"params": change(block.variables["params"])}
   return block.clone(parent=None, name=None).bind(variables)

@@ -3,6 +3,7 @@
 from crcm_jax.training import flops as flops
 from crcm_jax.training import objectives as objectives
 from crcm_jax.training import sharding as sharding
+from crcm_jax.training._agreement import check_start as check_start
 from crcm_jax.training._checkpoints import Checkpoints as Checkpoints
 from crcm_jax.training._checkpoints import Restored as Restored
 from crcm_jax.training._config import config_hash as config_hash
@@ -25,6 +26,10 @@ from crcm_jax.training._loop import Interrupted as Interrupted
 from crcm_jax.training._loop import NonFiniteUpdate as NonFiniteUpdate
 from crcm_jax.training._loop import train_stage as train_stage
 from crcm_jax.training._optimizer import adamw as adamw
+from crcm_jax.training._processes import ending_together as ending_together
+from crcm_jax.training._processes import initialize as initialize
+from crcm_jax.training._processes import is_first_process as is_first_process
+from crcm_jax.training._processes import START_TIMEOUT as START_TIMEOUT
 from crcm_jax.training._samplers import Generator as Generator
 from crcm_jax.training._samplers import Sampling as Sampling
 from crcm_jax.training._stages import Loop as Loop

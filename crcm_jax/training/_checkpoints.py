@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from crcm_jax._version import __version__
-from crcm_jax.training import _config
+from crcm_jax.training import _config, _processes
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,16 +113,19 @@ class Checkpoints:
     damaged: list[int] = []
     reason = ""
     for step in reversed(self.steps()):
+      about, state, reason = {}, None, None
       try:
         about = self._about(step)
         _check_same(about["config"], config, self._folder.parent)
         state = self._state(step, like)
       except _Unreadable as error:
-        damaged.append(step)
         reason = _first_line(error)
-        continue
-      self._set_aside(damaged)
-      return Restored(step, state, about["data"], about["config"])
+      # What one process cannot read is damaged for all.
+      reason = next(filter(None, _processes.gather(reason)), None)
+      if reason is None:
+        self._set_aside(damaged)
+        return Restored(step, state, about["data"], about["config"])
+      damaged.append(step)
     if damaged:
       raise ValueError(
         f"`workdir` must hold a readable checkpoint; none of {damaged} in"
@@ -132,7 +136,7 @@ class Checkpoints:
 
   def _set_aside(self, damaged: Sequence[int]) -> None:
     """Renames damaged checkpoints, so that the run can write them again."""
-    for step in damaged:
+    for step in damaged if _processes.is_first_process() else ():
       aside = f"{step}.damaged"
       (self._folder / str(step)).rename(self._folder / aside)
       _LOG.warning(
@@ -141,6 +145,7 @@ class Checkpoints:
         *(step, self._folder, aside),
       )
     if damaged:
+      _processes.wait_for_all()
       self._manager.reload()
 
   def read(self, step: int | None, like: Any = None) -> Restored:
@@ -148,7 +153,8 @@ class Checkpoints:
 
     Args:
       step: iterations done, or None for the newest.
-      like: as in `restore`; None restores plain dictionaries.
+      like: as in `restore`; None restores plain dictionaries of NumPy arrays,
+        the whole of them in each process.
 
     Raises:
       ValueError: if there is no such checkpoint, or it is damaged.
@@ -175,22 +181,34 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
+  # The manager's own `restore` ends with all processes waiting for each other,
+  # which one that cannot read never joins. A handler reads for one process.
+
   def _about(self, step: int) -> dict[str, Any]:
-    args = ocp.args.Composite(about=ocp.args.JsonRestore())
+    folder = self._item(step, "about")
     try:
-      return self._manager.restore(step, args=args)["about"]
+      return dict(ocp.JsonCheckpointHandler().restore(folder))
     except Exception as error:
       raise _Unreadable(str(error)) from error
 
   def _state(self, step: int, like: Any) -> Any:
-    target = None if like is None else jax.tree.map(_shape_of, like)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    folder = self._item(step, "state")
+    handler = ocp.StandardCheckpointHandler()
     try:
-      return self._manager.restore(step, args=args)["state"]
+      if like is None:
+        # Devices that wrote it may not be here: NumPy arrays need none.
+        target = jax.tree.map(_host_array, handler.metadata(folder).tree)
+      else:
+        target = jax.tree.map(_shape_of, like)
+      return handler.restore(folder, args=ocp.args.StandardRestore(target))
     # Orbax, TensorStore and the file system raise many kinds of errors for a
     # damaged file, and no common one.
     except Exception as error:
       raise _Unreadable(str(error)) from error
+
+  def _item(self, step: int, name: str) -> Any:
+    """Returns an item's folder; Orbax's name for the type is another one."""
+    return self._folder / str(step) / name
 
 
 class _Unreadable(Exception):
@@ -199,6 +217,11 @@ class _Unreadable(Exception):
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _host_array(leaf: Any) -> np.ndarray:
+  """Returns an array of a leaf's shape and dtype that takes no memory."""
+  return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,13 +17,23 @@ import numpy as np
 
 from crcm_jax import data
 
+_READING = data.Reading()
+
 
 @runtime_checkable
 class Dataset(Protocol):
   """What the training loop needs of a dataset."""
 
-  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
-    """Returns this process's batches, for ever, in an order set by `seed`."""
+  def batches(
+    self, folder: pathlib.Path, seed: int, rows: Sequence[int] | None = None
+  ) -> data.BatchIterator:
+    """Returns batches for ever, in an order set by `seed`.
+
+    Args:
+      folder: holds the datasets.
+      seed: of the order.
+      rows: of each batch, the examples that this process reads; None for all.
+    """
     ...
 
   def shapes(self) -> Any:
@@ -56,6 +66,8 @@ class MovingDigits:
     test_clips: clips to evaluate on.
     seed: of the clips; the run's seed shuffles them.
     in_memory: whether to read all clips first; feeds a GPU faster.
+    reading: worker processes, and how many bad records to skip; a config gives
+      them in its section `loop`.
   """
 
   batch_size: int
@@ -64,9 +76,12 @@ class MovingDigits:
   test_clips: int = 1024
   seed: int = 0
   in_memory: bool = False
+  reading: data.Reading = _READING
 
-  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
-    """Returns this process's batches, for ever, in an order set by `seed`."""
+  def batches(
+    self, folder: pathlib.Path, seed: int, rows: Sequence[int] | None = None
+  ) -> data.BatchIterator:
+    """Returns rows of the batches, for ever, in an order set by `seed`."""
     return data.moving_digits_batches(
       self._builder(folder),
       split="train",
@@ -74,8 +89,8 @@ class MovingDigits:
       frames=self.frames,
       seed=seed,
       in_memory=self.in_memory,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      reading=self.reading,
+      rows=rows,
     )
 
   def clips(
@@ -138,12 +153,15 @@ class RandomLatents:
   text_length: int = 512
   text_width: int = 4096
 
-  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
-    """Returns this process's batches: the n-th one depends on n and seed."""
+  def batches(
+    self, folder: pathlib.Path, seed: int, rows: Sequence[int] | None = None
+  ) -> data.BatchIterator:
+    """Returns the same batches every time: each row has a seed of its own."""
     del folder
-    local = self.batch_size // jax.process_count()
-    shapes = [(local, *a.shape[1:]) for a in self.shapes()]
-    return _Noise(shapes, seed + 7919 * jax.process_index())
+    shapes = [a.shape[1:] for a in self.shapes()]
+    return _Noise(
+      shapes, seed, range(self.batch_size) if rows is None else rows
+    )
 
   def clips(
     self, folder: pathlib.Path, batch_size: int
@@ -176,22 +194,26 @@ class WanLatents:
     folder: of the dataset, .../wan_latents/NAME/1.0.0.
     batch_size: videos in a batch of all processes together.
     frames: the first so many latent frames of each; None is for all.
+    reading: as `MovingDigits` has it.
   """
 
   folder: str
   batch_size: int
   frames: int | None = None
+  reading: data.Reading = _READING
 
-  def batches(self, folder: pathlib.Path, seed: int) -> data.BatchIterator:
-    """Returns this process's batches, for ever, in an order set by `seed`."""
+  def batches(
+    self, folder: pathlib.Path, seed: int, rows: Sequence[int] | None = None
+  ) -> data.BatchIterator:
+    """Returns rows of the batches, for ever, in an order set by `seed`."""
     del folder
     return data.wan_latents_batches(
       self.folder,
       batch_size=self.batch_size,
       frames=self.frames,
       seed=seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      reading=self.reading,
+      rows=rows,
     )
 
   def clips(
@@ -233,17 +255,24 @@ _NO_CAPTIONS = (
 class _Noise:
   """Batches whose position is their number."""
 
-  def __init__(self, shapes: Sequence[tuple[int, ...]], seed: int):
-    self._shapes, self._seed, self._position = shapes, seed, 0
+  def __init__(
+    self, shapes: Sequence[tuple[int, ...]], seed: int, rows: Sequence[int]
+  ):
+    self._shapes, self._seed, self._rows = shapes, seed, rows
+    self._position = 0
 
   def __iter__(self) -> Iterator[data.Batch]:
     return self
 
   def __next__(self) -> data.Batch:
-    rng = np.random.default_rng((self._seed, self._position))
+    rows = [self._row(row) for row in self._rows]
     self._position += 1
-    arrays: Any = (rng.standard_normal(s, np.float32) for s in self._shapes)
+    arrays: Any = map(np.stack, zip(*rows, strict=True))
     return data.Batch(*arrays)
+
+  def _row(self, row: int) -> list[np.ndarray]:
+    rng = np.random.default_rng((self._seed, self._position, row))
+    return [rng.standard_normal(s, np.float32) for s in self._shapes]
 
   def get_state(self) -> dict[str, Any]:
     return {"position": self._position}

@@ -16,7 +16,7 @@ import jax
 from crcm_jax import data, evaluation
 from crcm_jax._typing import Array, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.training import _networks
+from crcm_jax.training import _networks, _processes
 from crcm_jax.training._experiment import Experiment
 from crcm_jax.training._loop import Folders
 from crcm_jax.training._samplers import Generator
@@ -41,6 +41,8 @@ def evaluate_experiment(
   on_row: Callable[[str, dict[str, float]], None] | None = None,
 ) -> pathlib.Path:
   """Scores an experiment's networks and writes `report.html`.
+
+  Of several processes each scores all, and the first one writes.
 
   Args:
     experiment: what was trained.
@@ -73,12 +75,15 @@ def evaluate_experiment(
     num_examples=settings.num_examples,
     on_row=on_row,
   )
+  path = folders.experiment / "report.html"
+  if not _processes.is_first_process():
+    return path
   curves = {
     name: read_metrics(folders.experiment / name / "metrics.jsonl")
     for name in experiment.stages
   }
   return evaluation.write_report(
-    folders.experiment / "report.html",
+    path,
     results,
     command=command,
     config=experiment.config,

@@ -22,7 +22,7 @@ from crcm_jax.training._stages import read_stage, Stage
 
 SHARED = (
   *("seed", "network", "pattern", "data", "sampling"),
-  *("loop", "mesh", "sharding", "ema_rate"),
+  *("loop", "mesh", "sharding", "ema_rate", "working_copy"),
 )
 """The keys of an experiment that all its stages have."""
 

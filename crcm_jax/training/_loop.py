@@ -7,6 +7,7 @@ resumed run is the run that never stopped.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -21,12 +22,15 @@ import jax
 import numpy as np
 import tqdm
 
-from crcm_jax.training import _writers, sharding
+from crcm_jax import data, evaluation
+from crcm_jax.training import _agreement, _processes, _writers, sharding
 from crcm_jax.training._checkpoints import Checkpoints
 from crcm_jax.training._config import config_hash
-from crcm_jax.training._stages import Stage
+from crcm_jax.training._feed import Feed
+from crcm_jax.training._speed import Meter, peak_flops, tokens_of
+from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training._state import TrainState
-from crcm_jax.training._step import Shardings
+from crcm_jax.training._step import read_scalars, Shardings
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,49 +69,66 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     The state after the last step; its checkpoint is written.
 
   Raises:
-    ValueError: if the workdir belongs to another config.
+    ValueError: if the workdir belongs to another config, or the processes run
+      different ones.
+    OSError: if the processes do not share the workdir.
     NonFiniteUpdate: at the first update that is not finite, unless
       `config.loop.allow_skipped` allows it.
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   workdir = folders.experiment / stage.name
-  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
+  _agreement.check_start(stage.config, workdir)
   mesh = sharding.make_mesh(**stage.mesh)
-  batches = stage.dataset.batches(folders.data, stage.seed)
+  stage = stage.on(mesh)
+  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
+  batches = _batches(stage, folders.data, mesh)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
     state = stage.init_state(folders.experiment)
-    state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, like))
+    state = sharding.place(state, jax.tree.map(lambda a: a.sharding, like))
   else:
     state = restored.state
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
   frozen = stage.load_frozen(folders.experiment)
-  frozen = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
+  frozen = sharding.place(frozen, sharding.shard(frozen, mesh, stage.rules))
 
   first = int(state.step)
   _describe(stage, workdir, like)
   writer = _open_writers(stage, workdir, first)
-  run = _Run(stage, checkpoints, writer, _latest(workdir))
+  meter = _meter(stage, mesh)
+  run = _Run(stage, checkpoints, writer, _latest(workdir), meter)
   steps = stage.train_steps(_shardings(like, frozen, mesh))
   key = stage.run_key()
-  with run.closing(), _stop_signal() as stop, _bar(stage, first) as bar:
+  place = functools.partial(sharding.place_batch, mesh=mesh)
+  with (
+    run.closing(),
+    _stop_signal() as asked,
+    _bar(stage, first) as bar,
+    contextlib.closing(
+      Feed(batches, place, meter, bar.set_postfix_str)
+    ) as feed,
+  ):
+    stop = _processes.AnyProcess(asked)
     for step in range(first + 1, stage.steps + 1):
       phase = stage.phase(step - 1)
-      batch = sharding.place_batch(next(batches), mesh)
+      batch = next(feed)
       state, metrics = steps[phase](state, frozen, batch, key)
+      meter.started(metrics)
       run.report(bar, step, phase, metrics)
-      if stop.is_set() or stage.loop.is_due("checkpoint", step, stage.steps):
-        run.save(step, state, batches.get_state())
+      stopping = stop.is_set(now=step == stage.steps)
+      if stopping or stage.loop.is_due("checkpoint", step, stage.steps):
+        run.save(step, state, feed.get_state())
       if stage.loop.is_due("sample", step, stage.steps):
         run.sample(step, state.ema, batch)
-      if stop.is_set():
+      if stopping:
         raise Interrupted(
           f"{stage.name} was stopped and saved at step {step}; the same"
           " command goes on from there."
         )
+  _processes.wait_for_all()
   return state
 
 
@@ -120,15 +141,17 @@ class _Run:
     checkpoints: Checkpoints,
     writer: _writers.Writer,
     latest: Mapping[str, float],
+    meter: Meter,
   ):
     self._stage, self._checkpoints, self._writer = stage, checkpoints, writer
-    self._pending: tuple[int, str, Mapping[str, Any]] | None = None
+    self._pending: tuple[int, Phase, Mapping[str, Any]] | None = None
     # One line shows both phases: each metric as its phase left it.
     self._latest = dict(latest)
+    self._meter, self._speed = meter, {}
     self._sampler = None
 
   def report(
-    self, bar: Any, step: int, phase: str, metrics: Mapping[str, Any]
+    self, bar: Any, step: int, phase: Phase, metrics: Mapping[str, Any]
   ) -> None:
     """Takes a step's metrics; reads those of the step before.
 
@@ -137,6 +160,8 @@ class _Run:
     self.flush()
     self._pending = step, phase, metrics
     shown = {k: f"{v:.4g}" for k, v in self._latest.items() if "loss" in k}
+    if "tokens_per_second" in self._speed:
+      shown["tokens/s"] = f"{self._speed['tokens_per_second']:.3g}"
     bar.set_postfix(shown, refresh=False)
     bar.update(1)
 
@@ -150,26 +175,36 @@ class _Run:
       return
     step, phase, metrics = self._pending
     self._pending = None
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    values = read_scalars(metrics)
+    self._meter.finished(phase)
     self._check_finite(step, values)
     self._latest |= {f"{phase}/{name}": v for name, v in values.items()}
     if self._stage.loop.is_due("log", step, self._stage.steps):
+      self._speed = self._meter.read()
       self._writer.scalars(step, self._latest)
+      self._writer.scalars(step, self._speed, "speed")
 
   def save(self, step: int, state: TrainState, data: Any) -> None:
     """Starts writing a checkpoint of a step whose metrics are finite."""
     self.flush()
-    self._checkpoints.save(step, state, data, self._stage.config)
+    with self._meter.losing("checkpoints"):
+      self._checkpoints.save(step, state, data, self._stage.config)
 
   def sample(self, step: int, params: Any, batch: Any) -> None:
     """Writes a few clips of the moving average, for the batch's captions."""
+    self.flush()
+    with self._meter.losing("samples"):
+      self._sample(step, params, batch)
+
+  def _sample(self, step: int, params: Any, batch: Any) -> None:
     if self._sampler is None:
       self._sampler = self._stage.sampler()
     few = jax.tree.map(lambda a: a[:CLIPS], batch)
-    latents = self._sampler(params, jax.random.key(0), few)
+    latents = sharding.fetch(self._sampler(params, jax.random.key(0), few))
     videos = np.asarray(self._stage.dataset.decode(latents))
     names = [f"clip{i}" for i in range(len(videos))]
     self._writer.videos(step, dict(zip(names, videos, strict=True)))
+    self._writer.scalars(step, _statistics(self._stage, videos), "samples")
 
   @contextlib.contextmanager
   def closing(self) -> Iterator[None]:
@@ -177,6 +212,7 @@ class _Run:
     try:
       yield
       self.flush()
+      _LOG.info("%s: %s.", self._stage.name, self._meter.summary())
     finally:
       self._writer.close()
       self._checkpoints.close()
@@ -192,6 +228,14 @@ class _Run:
       f" {saved} are kept. Lower the learning rate, or allow some such updates"
       " with `--config.loop.allow_skipped=N`."
     )
+
+
+def _batches(
+  stage: Stage, folder: pathlib.Path, mesh: jax.sharding.Mesh
+) -> data.BatchIterator:
+  size = stage.dataset.shapes().x_0.shape[0]
+  rows = sharding.local_rows(mesh, size)
+  return stage.dataset.batches(folder, stage.seed, rows)
 
 
 def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
@@ -215,7 +259,8 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
 def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
-  path.write_text(json.dumps(stage.config, indent=2) + "\n")
+  if _processes.is_first_process():
+    path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
   placed = sharding.describe(jax.tree.map(lambda a: a.sharding, like))
   _LOG.info(
@@ -227,12 +272,42 @@ def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
 def _open_writers(
   stage: Stage, workdir: pathlib.Path, first: int
 ) -> _writers.Writer:
-  if jax.process_index() > 0:
+  if not _processes.is_first_process():
     return _writers.Fanout([])
   writers: list[_writers.Writer] = [_writers.Files(workdir, from_step=first)]
   if stage.loop.tensorboard:
     writers.append(_writers.TensorBoard(workdir, from_step=first))
   return _writers.Fanout(writers)
+
+
+def _meter(stage: Stage, mesh: Any) -> Meter:
+  """Returns what counts a stage's speed."""
+  latents = stage.dataset.shapes().x_0.shape
+  return Meter(
+    examples=latents[0],
+    tokens=tokens_of(latents, stage.model.config.patch),
+    flops=functools.partial(_necessary_flops, stage),
+    devices=mesh.size,
+    peak=peak_flops(mesh.devices.flat[0].device_kind),
+  )
+
+
+def _necessary_flops(stage: Stage, phase: Phase) -> float:
+  from crcm_jax.training import flops  # traces the step: only where it is shown
+
+  return flops.step(stage, phase).total
+
+
+def _statistics(stage: Stage, videos: np.ndarray) -> dict[str, float]:
+  """Returns the means over some clips of their chunks' statistics."""
+  frames = videos.shape[1]
+  spans = stage.pattern.spans(frames) if stage.pattern else ((0, frames),)
+  measured = evaluation.chunk_statistics(videos, spans)
+  return {
+    f"{name}/{i}": float(value)
+    for name, values in measured._asdict().items()
+    for i, value in enumerate(values.mean(axis=0))
+  }
 
 
 def _latest(workdir: pathlib.Path) -> dict[str, float]:
@@ -251,6 +326,7 @@ def _bar(stage: Stage, first: int) -> Any:
     unit="step",
     mininterval=0.5 if live else 30.0,
     dynamic_ncols=live,
+    disable=not _processes.is_first_process(),
   )
 
 

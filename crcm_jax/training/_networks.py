@@ -147,8 +147,9 @@ def _pattern(about: Mapping[str, Any]) -> ChunkPattern | None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: models.Wan, key: PRNGKeyArray) -> Params:
-  """Draws parameters; their shapes depend on no video's size."""
+  """Draws parameters; their shapes depend on no video's size, nor mesh."""
   config = model.config
+  model = models.Wan(config)  # on one device
   x = jnp.zeros((1, *config.patch, config.in_channels))
   text = jnp.zeros((1, config.text_length, config.text_width))
   return model.init(key, x, jnp.zeros((1, 1)), text)["params"]

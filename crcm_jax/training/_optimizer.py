@@ -1,5 +1,7 @@
 """The optimizer of every stage: AdamW with a short linear warm-up."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -33,6 +35,33 @@ def adamw(
     clip_norm: clips the gradients' global norm; None does not.
     decay_mask: a tree (or function to one) of booleans, what to decay.
   """
+  schedule = warmed_up(
+    learning_rate, warmup_steps=warmup_steps, warmup_start=warmup_start
+  )
+  update = optax.adamw(
+    schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
+  )
+  if clip_norm is None:
+    return update
+  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def warmed_up(
+  learning_rate: float,
+  *,
+  warmup_steps: int = 100,
+  warmup_start: float = 1e-6,
+  **other: Any,
+) -> optax.Schedule:
+  """Returns the learning rate of each of `adamw`'s updates.
+
+  Args:
+    learning_rate: the rate after warm-up.
+    warmup_steps: length of the warm-up in updates; 0 for none.
+    warmup_start: the first update's fraction of the rate.
+    **other: further settings of `adamw`, which do not matter here.
+  """
+  del other
 
   def schedule(updates):
     # optax.linear_schedule loses the first update's 1e-6 in float32.
@@ -41,9 +70,4 @@ def adamw(
     done = jnp.minimum(done, 1) if warmup_steps else jnp.ones_like(done)
     return learning_rate * (warmup_start + (1 - warmup_start) * done)
 
-  update = optax.adamw(
-    schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
-  )
-  if clip_norm is None:
-    return update
-  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+  return schedule

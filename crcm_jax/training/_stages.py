@@ -9,11 +9,12 @@ calls that build it:
     data=dict(name=..., ...) # a dataset of _data.DATASETS
     objective=dict(name=..., ...),  # of the objective that KINDS names
     optimizer=dict(...)      # of training.adamw
+    working_copy=True        # see Stage
     init=dict(student=SOURCE, teacher=SOURCE),
     sampling=dict(...)       # of Sampling
     loop=dict(...)           # of Loop
     mesh=dict(...)           # of sharding.make_mesh
-    sharding=((PATTERN, AXES), ...),
+    sharding="wan",          # or rules, see sharding.read_rules
 
 and with a critic
 
@@ -42,12 +43,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import optax
 
-from crcm_jax import models, time_sampling
+from crcm_jax import data, models, time_sampling
 from crcm_jax._typing import Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
 from crcm_jax.training import _config, _data, _networks, objectives, sharding
 from crcm_jax.training._counters import Alternation
-from crcm_jax.training._optimizer import adamw
+from crcm_jax.training._optimizer import adamw, warmed_up
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
 from crcm_jax.training._step import make_train_step, Shardings, TrainStep
@@ -118,6 +119,11 @@ class Loop:
     keep: checkpoints to keep.
     allow_skipped: updates that may be skipped because they were not finite.
     tensorboard: whether to write for TensorBoard, beside the files.
+    micro_batches: parts of a batch that a step takes one after another, to
+      save memory.
+    data_workers: processes that read data beside the main one; 0 for a thread.
+    max_bad_records: records of the dataset to skip because they are cut off,
+      of another shape or not finite; one more is an error that names them all.
   """
 
   log_every: int = 1
@@ -126,13 +132,21 @@ class Loop:
   keep: int = 2
   allow_skipped: int = 0
   tensorboard: bool = True
+  micro_batches: int = 1
+  data_workers: int = 0
+  max_bad_records: int = 10
 
   def __post_init__(self):
-    for name in ("log_every", "checkpoint_every"):
+    for name in ("log_every", "checkpoint_every", "micro_batches"):
       if getattr(self, name) < 1:
         raise ValueError(
           f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
         )
+    self.reading()  # refuses negative numbers
+
+  def reading(self) -> data.Reading:
+    """Returns how a prepared dataset is read."""
+    return data.Reading(workers=self.data_workers, max_bad=self.max_bad_records)
 
   def is_due(self, what: str, step: int, last: int) -> bool:
     """Whether "log", "checkpoint" or "sample" is due after a step."""
@@ -152,6 +166,8 @@ class Stage:
     steps: iterations in all.
     seed: of parameters, data order and draws.
     ema_rate: relative width of the student's moving average.
+    working_copy: whether networks read a copy of their matrices in the dtype
+      that they compute in, made once a step, and frozen ones are kept in it.
     model: the student's network.
     networks: the network of each of "teacher", "real" and "fake" that the
       stage has.
@@ -159,11 +175,12 @@ class Stage:
     dataset: what it reads.
     objectives: the loss of each phase, "student" and perhaps "critic".
     optimizers: likewise.
+    learning_rates: the schedule of each optimizer, to be shown.
     alternation: the order of the phases.
     init: the source of each network's first parameters.
     sampling: how the student is sampled.
     loop: how often to log, save and sample.
-    mesh: the devices along each axis.
+    mesh: the devices along each axis, of `sharding.make_mesh`.
     rules: how parameters are sharded.
   """
 
@@ -174,18 +191,31 @@ class Stage:
   steps: int
   seed: int
   ema_rate: float
+  working_copy: bool
   model: models.Wan
   networks: dict[str, models.Wan]
   pattern: ChunkPattern | None
   dataset: _data.Dataset
   objectives: dict[Phase, objectives.Objective]
   optimizers: dict[Phase, optax.GradientTransformation]
+  learning_rates: dict[Phase, optax.Schedule]
   alternation: Alternation
   init: dict[str, str]
   sampling: Sampling
   loop: Loop
-  mesh: dict[str, int]
+  mesh: dict[str, Any]
   rules: sharding.Rules
+
+  def on(self, mesh: jax.sharding.Mesh) -> "Stage":
+    """Returns this stage with networks that compute on a mesh.
+
+    Raises:
+      ValueError: if batch, heads or tokens do not divide by their devices.
+    """
+    video = self.dataset.shapes().x_0.shape
+    for network in (self.model, *self.networks.values()):
+      sharding.check_stage(mesh.shape, network.config, video)
+    return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:
     """Returns which network an iteration trains."""
@@ -202,10 +232,18 @@ class Stage:
         phase=phase,
         alternation=self.alternation,
         ema_rate=self.ema_rate,
+        micro_batches=self.loop.micro_batches,
+        copy_dtype=self.copy_dtype,
+        learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
       for phase, objective in self.objectives.items()
     }
+
+  @property
+  def copy_dtype(self) -> Any:
+    """Dtype of the copy that networks read; None for none."""
+    return self.model.config.dtype if self.working_copy else None
 
   def run_key(self) -> PRNGKeyArray:
     """Returns the key of all the training's draws."""
@@ -226,10 +264,11 @@ class Stage:
 
   def frozen_shapes(self) -> dict[str, Params]:
     """Returns the shapes and dtypes of what `load_frozen` returns."""
-    return {
+    shapes = {
       role: _networks.param_shapes(self.networks[role])
       for role in self.kind.frozen
     }
+    return jax.eval_shape(self._as_read, shapes)
 
   def init_state(self, experiment: pathlib.Path) -> TrainState:
     """Returns the state before the first iteration.
@@ -250,7 +289,14 @@ class Stage:
 
   def load_frozen(self, experiment: pathlib.Path) -> dict[str, Params]:
     """Returns the parameters that the objectives need and do not train."""
-    return {role: self.load_role(role, experiment) for role in self.kind.frozen}
+    return self._as_read(
+      {role: self.load_role(role, experiment) for role in self.kind.frozen}
+    )
+
+  def _as_read(self, frozen: dict[str, Params]) -> dict[str, Params]:
+    if self.copy_dtype is None:
+      return frozen
+    return models.working_copy(frozen, self.copy_dtype)
 
   def load_role(self, role: str, experiment: pathlib.Path) -> Params:
     """Loads the network that plays a role from its source.
@@ -312,7 +358,10 @@ class Stage:
 
 
 def read_stage(
-  name: str, config: Mapping[str, Any], stages: tuple[str, ...] = ()
+  name: str,
+  config: Mapping[str, Any],
+  stages: tuple[str, ...] = (),
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Stage:
   """Builds one stage of its resolved config.
 
@@ -320,6 +369,7 @@ def read_stage(
     name: of the stage.
     config: the resolved config, such as a checkpoint holds.
     stages: the experiment's stages.
+    mesh: devices that its networks compute on; None for JAX's default one.
 
   Raises:
     ValueError: as `read_experiment`.
@@ -330,6 +380,12 @@ def read_stage(
   kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
   networks = _other_networks(section, config["network"], kind)
+  if mesh is not None:
+    model = sharding.shard_model(model, mesh)
+    networks = {
+      role: sharding.shard_model(network, mesh)
+      for role, network in networks.items()
+    }
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
   else:
@@ -352,11 +408,12 @@ def read_stage(
   phases: dict[Phase, objectives.Objective] = {
     "student": _objective(section["objective"], kind.objective, given)
   }
-  optimizers: dict[Phase, Any] = {"student": section["optimizer"].call(adamw)}
+  settings: dict[Phase, _config.Section] = {"student": section["optimizer"]}
   if kind.critic:
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
-    optimizers["critic"] = section["critic_optimizer"].call(adamw)
+    settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
+  loop = section.section("loop").call(Loop)
   stage = Stage(
     name=name,
     config=config,
@@ -365,18 +422,20 @@ def read_stage(
     steps=section["steps"],
     seed=section["seed"],
     ema_rate=section.get("ema_rate", 0.1),
+    working_copy=section.get("working_copy", False),
     model=model,
     networks=networks,
     pattern=pattern,
-    dataset=_dataset(section["data"]),
+    dataset=_dataset(section["data"], loop.reading()),
     objectives=phases,
-    optimizers=optimizers,
+    optimizers={phase: s.call(adamw) for phase, s in settings.items()},
+    learning_rates={p: warmed_up(**s.as_dict()) for p, s in settings.items()},
     alternation=section.section("alternation").call(Alternation),
     init=_sources(section.section("init"), kind),
     sampling=sampling,
-    loop=section.section("loop").call(Loop),
+    loop=loop,
     mesh=section.take("mesh", {}),
-    rules=section.take("sharding", sharding.REPLICATED),
+    rules=sharding.read_rules(section.take("sharding", "wan")),
   )
   section.check_all_read()
   return stage
@@ -456,8 +515,11 @@ def _parts(section: _config.Section) -> tuple[str, ...]:
   return tuple(section["parts"])
 
 
-def _dataset(section: _config.Section) -> _data.Dataset:
-  return section.call(section.choose(_data.DATASETS))
+def _dataset(section: _config.Section, reading: data.Reading) -> _data.Dataset:
+  dataset = section.choose(_data.DATASETS)
+  fields = {field.name for field in dataclasses.fields(dataset)}
+  more = {"reading": reading} if "reading" in fields else {}
+  return section.call(dataset, **more)
 
 
 def _objective(

@@ -7,20 +7,32 @@ and stores no key.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax import models
 from crcm_jax._typing import Array, Bool, Params
+from crcm_jax.training import _accumulate
 from crcm_jax.training._counters import Alternation, Counters
-from crcm_jax.training._ema import ema_exponent, ema_update
+from crcm_jax.training._ema import ema_beta, ema_exponent, ema_update
 from crcm_jax.training._state import TrainState
-from crcm_jax.training.objectives._objective import Objective
+from crcm_jax.training.objectives._objective import Masked, Objective
 
-Metrics: TypeAlias = dict[str, Array]
+
+class Mean(NamedTuple):
+  """A metric as a sum and a weight: there is none where the weight is 0."""
+
+  total: Any
+  weight: Any
+
+
+Metrics: TypeAlias = dict[str, Any]
+"""Scalars by name, and the `Mean`s of those that a step may lack."""
+
 TrainStep: TypeAlias = Callable[
   [TrainState, dict[str, Params], Any, Array], tuple[TrainState, Metrics]
 ]
@@ -47,6 +59,9 @@ def make_train_step(
   phase: Literal["student", "critic"] = "student",
   alternation: Alternation | None = None,
   ema_rate: float = 0.1,
+  micro_batches: int = 1,
+  copy_dtype: Any = None,
+  learning_rate: optax.Schedule | None = None,
   shardings: Shardings | None = None,
 ) -> TrainStep:
   """Returns the jitted iteration of one phase.
@@ -62,12 +77,18 @@ def make_train_step(
       The other one joins the objective's frozen parameters by that name.
     alternation: the run's order of phases, for the counters.
     ema_rate: relative width of the student's moving average.
+    micro_batches: parts of a batch, whose gradients are added up: the step of
+      the whole batch in the memory of one part.
+    copy_dtype: dtype of the copy of their matrices that networks read
+      (`models.working_copy`); the state keeps the masters. None for no copy.
+    learning_rate: the optimizer's schedule, to be shown among the metrics.
     shardings: where state, frozen parameters and batch live.
 
   Returns:
     `step(state, frozen, batch, key) -> (state, metrics)`. The state is
     donated. `frozen` maps names ("teacher", "real") to parameters; `key` is
-    the run's key, the same at every step. Metrics are float scalars.
+    the run's key, the same at every step. Metrics are float scalars, and
+    `Mean`s of those that a step may lack: `read_scalars` makes numbers of both.
 
   Raises:
     ValueError: for an unknown phase.
@@ -80,24 +101,31 @@ def make_train_step(
 
   def step(state, frozen, batch, key):
     counters = alternation.counters(state.step)
-    draws = objective.draws(
-      jax.random.fold_in(key, state.step), batch, counters
-    )
+    step_key = jax.random.fold_in(key, state.step)
+    draw = lambda batch: objective.draws(step_key, batch, counters)
     trained, opt_state, frozen = _roles(phase, state, frozen)
-
-    def mean_loss(params):
-      losses, metrics = objective.loss(params, frozen, batch, draws, counters)
-      return jnp.mean(losses), metrics
-
-    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(
-      trained
+    read = {role: _copy(params, copy_dtype) for role, params in frozen.items()}
+    (loss, metrics), grads = _accumulate.gradient(
+      lambda params, batch, draws: objective.loss(
+        params, read, batch, draws, counters
+      ),
+      _copy(trained, copy_dtype),
+      batch,
+      draw(batch),
+      draw=draw,
+      micro_batches=micro_batches,
     )
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, new_opt_state = optimizer.update(grads, opt_state, trained)
     new = optax.apply_updates(trained, updates)
-    state = advance(state, new, new_opt_state, finite, counters, exponent)
     scalars = {"loss": loss, "grad_norm": grad_norm, **_scalars(metrics)}
+    if learning_rate is not None:
+      scalars["learning_rate"] = learning_rate(_updates(phase, state))
+    if phase == "student":
+      scalars["ema_decay"], _ = ema_beta(counters.student, exponent)
+    state = advance(state, new, new_opt_state, finite, counters, exponent)
     return state, scalars | {"skipped": state.skipped.astype(loss.dtype)}
 
   s = shardings or Shardings()
@@ -109,6 +137,10 @@ def make_train_step(
   )
 
 
+def _copy(params: Params, dtype: Any) -> Params:
+  return params if dtype is None else models.working_copy(params, dtype)
+
+
 def _roles(
   phase: str, state: TrainState, frozen: dict[str, Params]
 ) -> tuple[Params, optax.OptState, dict[str, Params]]:
@@ -118,6 +150,11 @@ def _roles(
     return state.student, state.student_opt_state, frozen
   frozen = frozen | {"student": state.student}
   return state.fake, state.fake_opt_state, frozen
+
+
+def _updates(phase: str, state: TrainState) -> Array:
+  """Returns the updates applied so far to the network that is trained."""
+  return state.student_updates if phase == "student" else state.fake_updates
 
 
 def _advance_student(
@@ -170,8 +207,14 @@ def _scalars(metrics: Any) -> Metrics:
   `name/0`, `name/1`, ...
   """
   scalars = {}
-  for path, value in jax.tree.leaves_with_path(metrics):
+  leaves = jax.tree.leaves_with_path(
+    metrics, is_leaf=lambda x: isinstance(x, Masked)
+  )
+  for path, value in leaves:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if isinstance(value, Masked):
+      scalars |= _means(name, value)
+      continue
     count = jnp.issubdtype(value.dtype, jnp.integer)
     over = jnp.sum if count else jnp.mean
     value = over(value, axis=0) if value.ndim else value
@@ -180,3 +223,20 @@ def _scalars(metrics: Any) -> Metrics:
     else:
       scalars[name] = value
   return scalars
+
+
+def _means(name: str, masked: Masked) -> dict[str, Mean]:
+  sums = (jnp.sum(array, axis=0) for array in masked)
+  parts = enumerate(zip(*sums, strict=True))
+  return {f"{name}/{i}": Mean(*part) for i, part in parts}
+
+
+def read_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Returns a step's metrics as numbers, without those that it lacks."""
+  values = {}
+  for name, value in jax.device_get(metrics).items():
+    if not isinstance(value, Mean):
+      values[name] = float(value)
+    elif value.weight > 0:
+      values[name] = float(value.total / value.weight)
+  return values

@@ -2,25 +2,39 @@
 
 `Files` writes one JSON object per line to `metrics.jsonl` and one gif per clip
 to `samples/`; `TensorBoard` writes the same for TensorBoard. Several writers
-are one `Writer` through `Fanout`.
+are one `Writer` through `Fanout`. Numbers are of three kinds, each in a file of
+its own: a run's metrics, which a resumed run repeats exactly, its speed, which
+it does not, and what the sample videos' pixels are like.
 """
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import (
+  Any,
+  get_args,
+  Literal,
+  Protocol,
+  runtime_checkable,
+  TypeAlias,
+)
 
 import numpy as np
 
 from crcm_jax import _extras
 from crcm_jax.evaluation import write_video
 
+Kind: TypeAlias = Literal["metrics", "speed", "samples"]
+"""What numbers are about; also the file's name."""
+
 
 @runtime_checkable
 class Writer(Protocol):
   """Takes what a run reports of a step."""
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def scalars(
+    self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
+  ) -> None:
     """Writes numbers by name."""
     ...
 
@@ -39,10 +53,12 @@ class Fanout:
   def __init__(self, writers: Sequence[Writer]):
     self._writers = tuple(writers)
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def scalars(
+    self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
+  ) -> None:
     """Writes numbers to each writer."""
     for writer in self._writers:
-      writer.scalars(step, values)
+      writer.scalars(step, values, kind)
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Writes clips to each writer."""
@@ -56,7 +72,7 @@ class Fanout:
 
 
 class Files:
-  """`metrics.jsonl` and `samples/NAME_STEP.gif` in a folder."""
+  """`KIND.jsonl` and `samples/NAME_STEP.gif` in a folder."""
 
   def __init__(self, folder: pathlib.Path | str, *, from_step: int = 0):
     """Opens the files for appending.
@@ -69,15 +85,20 @@ class Files:
     """
     self._folder = pathlib.Path(folder)
     self._folder.mkdir(parents=True, exist_ok=True)
-    path = self._folder / "metrics.jsonl"
-    kept = [r for r in read_metrics(path) if r["step"] <= from_step]
-    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    self._file = path.open("a")
+    self._files = {}
+    for kind in get_args(Kind):
+      path = self._folder / f"{kind}.jsonl"
+      kept = [r for r in read_metrics(path) if r["step"] <= from_step]
+      path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      self._files[kind] = path.open("a")
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def scalars(
+    self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
+  ) -> None:
     """Appends one line."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    file = self._files[kind]
+    file.write(json.dumps({"step": step, **values}) + "\n")
+    file.flush()
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Writes one gif a clip."""
@@ -87,12 +108,13 @@ class Files:
       write_video(folder / f"{name}_{step:07d}.gif", video)
 
   def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
+    """Closes the files."""
+    for file in self._files.values():
+      file.close()
 
 
 def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
-  """Reads `metrics.jsonl`; a last line that is cut short is left out."""
+  """Reads numbers of any kind; a last line that is cut short is left out."""
   path = pathlib.Path(path)
   rows = []
   for line in path.read_text().splitlines() if path.exists() else ():
@@ -113,10 +135,13 @@ class TensorBoard:
       str(folder), purge_step=from_step + 1 if from_step else None
     )
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def scalars(
+    self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
+  ) -> None:
     """Adds one point to each curve."""
+    prefix = "" if kind == "metrics" else f"{kind}/"
     for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+      self._writer.add_scalar(prefix + name, value, step)
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Adds each clip as a strip: its frames side by side, in time's order."""

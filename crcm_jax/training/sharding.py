@@ -1,17 +1,15 @@
 """Which device holds which part of an array, as data.
 
-One mesh has the axes `data`, `fsdp`, `context` and `tensor`. A rule is a
-regular expression for the path of a parameter and the mesh axes of its
-dimensions; the first rule that matches decides. Optimizer moments and moving
-averages have the parameters' paths in theirs, and so the same rules.
+One mesh has the axes `data`, `fsdp`, `context` and `tensor`. Parameters go by
+rules (`WAN_RULES`), activations by those of a `Placement`, and attention by
+`ParallelAttention`; a batch's examples are split over `data` and `fsdp`.
 """
 
-import math
-import re
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -20,41 +18,69 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-AXES = ("data", "fsdp", "context", "tensor")
-
-Rules: TypeAlias = Sequence[tuple[str, Sequence[str | None]]]
-"""Pairs of a regular expression and the mesh axis of each dimension."""
-
-REPLICATED: Rules = ((".*", ()),)
-"""Every device holds everything."""
+from crcm_jax import models
+from crcm_jax.training import _mesh_checks
+from crcm_jax.training._mesh_checks import check_stage as check_stage
+from crcm_jax.training._parallel_attention import (
+  ParallelAttention as ParallelAttention,
+)
+from crcm_jax.training._placement import Placement as Placement
+from crcm_jax.training._placement import size_of
+from crcm_jax.training._rules import AXES as AXES
+from crcm_jax.training._rules import BATCH, spec_of
+from crcm_jax.training._rules import NAMED as NAMED
+from crcm_jax.training._rules import read_rules as read_rules
+from crcm_jax.training._rules import REPLICATED as REPLICATED
+from crcm_jax.training._rules import Rules as Rules
+from crcm_jax.training._rules import WAN_RULES as WAN_RULES
 
 
 def make_mesh(
-  *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
+  *,
+  data: int | None = None,
+  fsdp: int = 1,
+  context: int = 1,
+  tensor: int = 1,
+  devices: int | None = None,
 ) -> Mesh:
-  """Returns a mesh of the first devices with the four axes.
+  """Returns a mesh of the four axes.
 
   Args:
-    data: devices along which only the batch is split.
+    data: devices along which only the batch is split; None takes those that
+      the other axes leave.
     fsdp: devices along which batch and parameters are split.
     context: devices along which tokens are split.
     tensor: devices along which heads and features are split.
+    devices: how many of the devices to use, the first ones; None for all.
 
   Raises:
-    ValueError: if there are too few devices.
+    ValueError: if the axes do not multiply to the devices to use.
   """
-  shape = (data, fsdp, context, tensor)
-  needed, devices = math.prod(shape), jax.devices()
-  if needed > len(devices):
+  found = jax.devices()
+  if devices is not None and not 0 < devices <= len(found):
     raise ValueError(
-      f"`mesh` must have at most {len(devices)} devices, as many as there are;"
-      f" got {dict(zip(AXES, shape, strict=True))}."
+      f"`mesh.devices` must be between 1 and {len(found)}, the devices that"
+      f" there are; got {devices}."
     )
+  found = found[:devices]
+  shape = _mesh_checks.fill(
+    dict(data=data, fsdp=fsdp, context=context, tensor=tensor), len(found)
+  )
   return jax.make_mesh(
-    shape,
+    tuple(shape.values()),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[:needed],
+    devices=found,
+  )
+
+
+def shard_model(model: models.Wan, mesh: Mesh) -> models.Wan:
+  """Returns a network that computes on all devices of a mesh."""
+  if mesh.size == 1:
+    return model
+  return model.clone(
+    attention=ParallelAttention(mesh, model.attention),
+    place=Placement.for_heads(mesh, model.config.heads),
   )
 
 
@@ -70,40 +96,93 @@ def shard(
       dimensions leaves the last ones whole.
 
   Raises:
-    ValueError: if no rule matches a leaf, or a rule has more axes than it.
+    ValueError: if no rule matches a leaf, or a rule has more axes than it, or
+      its axes do not divide it.
   """
 
   def one(path: Any, leaf: Any) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    axes = _axes_of(name, rules)
+    spec = spec_of(name, rules)
     # Counters are scalars, whatever their rule says.
-    axes = axes if leaf.ndim else ()
-    if len(axes) > leaf.ndim:
-      raise ValueError(
-        f"`rules` must give {name} at most {leaf.ndim} axes; got {axes}."
-      )
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    spec = spec if leaf.ndim else PartitionSpec()
+    _check_fits(name, leaf.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
 
   return jax.tree.map_with_path(one, tree)
 
 
-def _axes_of(name: str, rules: Rules) -> tuple[str | None, ...]:
-  for pattern, axes in rules:
-    if re.fullmatch(pattern, name):
-      return tuple(axes)
-  raise ValueError(
-    f"`rules` must match every leaf; none matches {name!r}. End them with"
-    " ('.*', ())."
-  )
+def _check_fits(
+  name: str, shape: Any, spec: Any, mesh: Mesh | AbstractMesh
+) -> None:
+  if len(spec) > len(shape):
+    raise ValueError(
+      f"`rules` must give {name} at most {len(shape)} axes; got {tuple(spec)}."
+    )
+  for size, axes in zip(shape, spec, strict=False):
+    if size % size_of(mesh, axes):
+      raise ValueError(
+        f"`rules` must split {name}, {shape}, by {tuple(spec)}; {size} does not"
+        f" divide by the {size_of(mesh, axes)} devices of {axes!r}. Change the"
+        " mesh, or give `config.sharding` a rule that leaves it whole."
+      )
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding of a batch: examples over `data` and `fsdp`."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+  """Returns which examples of a batch the devices of this process hold.
+
+  Processes that only hold other tokens or features of the same examples all
+  read them.
+
+  Args:
+    mesh: where the batch shall live.
+    batch_size: examples in a batch of all processes together.
+
+  Raises:
+    ValueError: if a process has no device in the mesh.
+  """
+  used = {device.process_index for device in mesh.devices.flat}
+  if idle := sorted(set(range(jax.process_count())) - used):
+    raise ValueError(
+      "`mesh` must have devices of every process; it has"
+      f" {dict(mesh.shape)}, {mesh.size} of {jax.device_count()} devices, and"
+      f" none of processes {idle}. Set"
+      f" `--config.mesh.data={jax.device_count()}`, or start fewer processes."
+    )
+  slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = np.arange(batch_size)
+  held = [rows[index] for index in slices.values()]
+  return tuple(sorted(set(np.concatenate(held).tolist())))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Puts arrays that every process has whole where they shall live."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def one(leaf: Any, where: NamedSharding) -> jax.Array:
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, where, whole.__getitem__)
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def fetch(array: Any) -> np.ndarray:
+  """Returns a whole array, whichever processes hold its parts.
+
+  All processes must call this together.
+  """
+  if jax.process_count() == 1:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-  """Puts this process's examples on its devices."""
+  """Puts this process's rows of a batch on its devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch

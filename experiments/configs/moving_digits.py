@@ -90,6 +90,7 @@ def _shared() -> dict[str, Any]:
       allow_skipped=0,
       tensorboard=True,
     ),
+    mesh=dict(data=None, fsdp=1, context=1, tensor=1, devices=None),
   )
 
 

@@ -28,8 +28,9 @@ Planned by `crcm plan` (docs/plan.md), the four settings of Table 3:
 
 The data are random latents of the size of 81 frames of 832 x 480 pixels: speed
 and memory are real, quality is not. The paper trained on tens of H100 GPUs;
-set `--config.mesh.fsdp=N` for N devices. Expected time and result on that
-hardware are the paper's and were not reproduced here.
+set `--config.mesh.fsdp=N` or `--config.mesh.context=N` for several devices (see
+docs/sharding.md). Expected time and result on that hardware are the paper's and
+were not reproduced here.
 """
 
 from typing import Any
@@ -154,11 +155,8 @@ def _shared(size: str, pattern: str, steps: str) -> dict[str, Any]:
       keep=2,
       tensorboard=True,
     ),
-    mesh=dict(data=1, fsdp=1, context=1, tensor=1),
-    sharding=(
-      (".*blocks/.*/kernel", (None, "fsdp", "tensor")),
-      (".*", ()),
-    ),
+    mesh=dict(data=None, fsdp=1, context=1, tensor=1, devices=None),
+    sharding="wan",
   )
 
 

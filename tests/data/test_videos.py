@@ -178,7 +178,7 @@ def test_a_folder_from_the_command_line(
   # Tokenizers have tests of their own, and an extra of their own.
   monkeypatch.setattr(_encoders, "load_tokenizer", lambda path: _tokenize)
   words = (folder, "--out", tmp_path, "--name", "mine", "--weights", weights)
-  words += ("--size", "16x24", "--frames", "5", "--fps", "8")
+  words += ("--size", "16x32", "--frames", "5", "--fps", "8")
   with tiny.compile_fast():
     assert run(*words) == 0
   shown = capsys.readouterr()
@@ -187,7 +187,7 @@ def test_a_folder_from_the_command_line(
   assert [p.name for p in (tmp_path / "wan_latents").iterdir()] == ["mine"]
   info = data.describe_wan_latents(where)
   assert info.examples == 2
-  assert info.latents == (3, 8, 12, 16)
+  assert info.latents == (3, 8, 16, 16)
   assert info.embedding == (512, 8)
   assert info.skipped.keys() == {
     "cut.mp4", "short.mp4", "silent.mp4", "web.mp4"
@@ -226,9 +226,10 @@ def test_shards_from_the_command_line(tmp_path, capsys):
   ("words", "message"),
   [
     ((), "`--weights` must be the folder"),
-    (("--weights", "nowhere"), "nowhere lacks Wan2.1_VAE.pth or vae,"),
+    (("--weights", "nowhere"), "lacks: autoencoder .vae or"),
     (("--weights", "x", "--frames", "6"), "must have 4k . 1 frames"),
     (("--weights", "x", "--size", "20x24"), "divisible by 8"),
+    (("--weights", "x", "--size", "16x24"), "divisible by 16"),
     (("--name", "a/b"), "`name` must consist of"),
     (("s.tar",), "one folder of videos, or tar shards"),
   ],

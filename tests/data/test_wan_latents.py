@@ -185,8 +185,7 @@ def test_processes_share_and_positions_resume(folder):
   take = lambda iterator, n: [next(iterator).x_0 for _ in range(n)]
   keys = lambda arrays: {clip.tobytes() for a in arrays for clip in a}
   shares = [
-    keys(take(batches(folder, process_index=i, process_count=2), 3))
-    for i in range(2)
+    keys(take(batches(folder, rows=rows), 3)) for rows in ((0, 1), (2, 3))
   ]
   assert len(shares[0] | shares[1]) == 12
   iterator = batches(folder)

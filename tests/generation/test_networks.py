@@ -12,6 +12,7 @@ import tiny
 
 from crcm_jax import cli, generation, models
 from crcm_jax.chunks import ChunkPattern
+from crcm_jax.commands import _wan
 
 WAN = models.WanConfig(
   layers=1,
@@ -136,7 +137,7 @@ def test_from_a_folder_and_a_prompt_to_a_video(
   folder, out = tmp_path / "w", tmp_path / "a.mp4"
   about = {"pattern": {"first": 1, "rest": 1}}
   _save(folder, params, "wan", LAYOUTS["wan"], about)
-  monkeypatch.setattr(cli, "CACHE", tmp_path / "cache")
+  monkeypatch.setattr(_wan, "CACHE", tmp_path / "cache")
   monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "as it is")
   words = ["sample", "--weights", str(folder), "--prompt", "a cat"]
@@ -167,7 +168,6 @@ def test_a_folder_that_lacks_files(tmp_path):
     "text encoder (text_encoder or",
     "tokenizer (tokenizer or google/umt5-xxl)",
     "Wan-AI/Wan2.1-T2V-1.3B",
-    "--random-weights",
   ):
     assert part in message
   assert "autoencoder" not in message

@@ -42,7 +42,9 @@ def test_one_clip(tmp_path, capsys):
   assert run(*TINY, *FEW, "--prompt", "a cat", "--out", out) == 0
   shown = capsys.readouterr()
   assert f"{out}: first frame after" in shown.out
-  assert "frames/s" in shown.out
+  assert "tiny, compiled: first frame after" in shown.out
+  assert "frames/s end to end" in shown.out
+  assert "by the transformer alone" in shown.out
   assert "9/9" in shown.err  # the progress bar
   record = json.loads((tmp_path / "a.json").read_text())
   assert (record["prompt"], record["height"], record["width"]) == (
@@ -87,6 +89,10 @@ def test_a_list_of_prompts_goes_on_where_it_was_stopped(tmp_path, capsys):
   ("words", "message"),
   [
     ((), "name what to sample: one of SOURCE"),
+    (("--prompt", "a"), "DIR holds: transformer (transformer or"),
+    (("--prompt", "a"), "published as Wan-AI/Wan2.1-T2V-1.3B"),
+    ((*TINY, *FEW, "--caption", "two"), "`--caption` must come with SOURCE"),
+    (("runs/x", "--size", "64x64"), "--size must come with Wan's"),
     (("runs/x", *TINY), "name what to sample: one of SOURCE"),
     (("runs/x", "--noisy-context"), "--noisy-context must come with Wan's"),
     (("runs/x", "--steps", "4,2"), "several --steps must come with Wan's"),

@@ -1,11 +1,13 @@
 """What `kernels.attention` refuses, and how it picks a backend."""
 
 import dataclasses
+import functools
 import re
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from crcm_jax import kernels
@@ -189,10 +191,27 @@ def test_triton_refuses_by_name(x, scale, message):
     jax.eval_shape(attend, x)
 
 
+@pytest.mark.parametrize("implementation", kernels.BACKENDS)
+@pytest.mark.parametrize("ranges", [None, jnp.array([[0, 3]])])
+def test_empty_arrays(implementation, ranges):
+  """No backend is asked to walk over nothing; the others would refuse X."""
+  empty = X[:, :0]
+  attend = functools.partial(kernels.attention, implementation=implementation)
+  context = dict(context=(empty, empty), context_ranges=ranges)
+  assert attend(empty, X, X).shape == empty.shape
+  np.testing.assert_array_equal(attend(X, empty, empty), 0)
+  np.testing.assert_array_equal(attend(X, None, None, **context), 0)
+  grad = jax.grad(lambda x: attend(x, empty, empty, **context).sum())(X)
+  np.testing.assert_array_equal(grad, 0)
+
+
 def test_an_empty_context_is_none():
-  empty = jnp.zeros((1, 0, 2, 8))
-  o = kernels.attention(X, X, X + 1, context=(empty, empty))
-  assert (o == 1).all()
+  empty = X[:, :0]
+  for ranges in (None, jnp.array([[0, 3]])):
+    o = kernels.attention(
+      X, X, X + 1, context=(empty, empty), context_ranges=ranges
+    )
+    assert (o == 1).all()
 
 
 def test_scale():

@@ -136,14 +136,14 @@ def test_embeddings_are_kept(tmp_path):
     asked.append(list(prompts))
     return embed()(prompts)
 
-  kept = models.cached_embedder(counted, tmp_path, identity="tiny")
+  kept = models.CachedEmbedder(counted, tmp_path, identity="tiny")
   want = embed()(["a cat", "dogs", ""])
   np.testing.assert_array_equal(kept(["a cat", "dogs", ""]), want)
   np.testing.assert_array_equal(kept(["dogs", "a  cat"]), want[[1, 0]])
   assert asked == [["a cat", "dogs", ""]]
   kept(["a cat", "birds"])
   assert asked[1:] == [["birds"]]
-  other = models.cached_embedder(counted, tmp_path, identity="another")
+  other = models.CachedEmbedder(counted, tmp_path, identity="another")
   other(["dogs"])
   assert asked[2:] == [["dogs"]]
   assert len(list(tmp_path.iterdir())) == 5
@@ -153,6 +153,27 @@ def test_embeddings_are_kept(tmp_path):
   with pytest.warns(UserWarning, match="broken and made anew"):
     np.testing.assert_array_equal(kept(["dogs"]), want[1:2])
   np.testing.assert_array_equal(kept(["dogs"]), want[1:2])
+
+
+def test_embedding_goes_on_where_it_was_stopped(tmp_path):
+  """Each is on disk before the next one is made."""
+  asked = []
+
+  def one_by_one(prompts):
+    for prompt in prompts:
+      if len(asked) == 2:
+        asked.append(None)
+        raise KeyboardInterrupt
+      asked.append(prompt)
+      yield np.full((4, 3), len(asked), np.float32)
+
+  kept = models.CachedEmbedder(one_by_one, tmp_path, identity="tiny")
+  with pytest.raises(KeyboardInterrupt):
+    kept.prepare(["a", "b", "c"])
+  assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"] * 2
+  kept.prepare(["a", "b", "c"])
+  assert asked == ["a", "b", None, "c"]
+  assert kept(["c", "a"])[:, 0, 0].tolist() == [4, 1]
 
 
 def test_bfloat16_stays_close():

@@ -228,3 +228,21 @@ def test_phases_have_the_slope_of_the_product():
     lambda x: _phases.phases(x, rates), (x,), (jnp.ones_like(x),)
   )
   np.testing.assert_allclose(slope, np.tile(rates, (2, 1)), rtol=1e-6)
+
+
+def test_a_working_copy_computes_the_same():
+  copy = models.working_copy(held_params(), "bfloat16")
+  np.testing.assert_array_equal(run(copy), run(held_params()))
+  narrow = {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in jax.tree.leaves_with_path(copy)
+    if leaf.dtype == jnp.bfloat16
+  }
+  assert "blocks/ffn/up/kernel" in narrow
+  assert "blocks/self_attention/query/kernel" in narrow
+  assert not [name for name in narrow for island in ISLANDS if island in name]
+  large = sum(p.size for p in jax.tree.leaves(copy) if p.dtype == jnp.bfloat16)
+  assert large > 0.5 * sum(p.size for p in jax.tree.leaves(copy))
+  # float32 stands for at least float32.
+  same = models.working_copy(held_params(), "float32")
+  assert jax.tree.leaves(same)[0] is jax.tree.leaves(held_params())[0]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from crcm_jax.training import _data, _experiment, _loop
+from crcm_jax.data import Reading
+from crcm_jax.training import _data, _experiment, _loop, _stages, _writers
 from crcm_jax.training._checkpoints import Checkpoints
 
 
@@ -47,11 +48,70 @@ def test_the_workdir_tells_all_about_the_run(folders):
   assert json.loads((workdir / "config.json").read_text()) == stage.config
   rows = [json.loads(line) for line in lines(folders).splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
-  assert {"student/loss", "student/grad_norm", "student/skipped"} <= set(
-    rows[0]
-  )
+  assert {
+    *("student/loss", "student/grad_norm", "student/skipped"),
+    *("student/ema_decay", "student/learning_rate"),
+  } <= set(rows[0])
   assert Checkpoints(workdir).steps() == [2, 4]
   assert len(list((workdir / "samples").glob("*_0000004.gif"))) == 2
+
+
+def test_speed_and_samples_have_files_of_their_own(folders):
+  stage = tiny.stage(loop=dict(sample_every=2))
+  _loop.train_stage(stage, folders)
+  workdir = folders.experiment / "diffusion"
+  speed = _writers.read_metrics(workdir / "speed.jsonl")
+  assert [row["step"] for row in speed] == [1, 2, 3, 4]
+  for row in speed:
+    # Two videos of two frames of 2 x 2 latents, which are one token.
+    assert row["tokens_per_second"] == pytest.approx(
+      4 * row["steps_per_second"]
+    )
+    assert row["bad_records"] == 0
+    lost = {f"{what}_seconds" for what in ("data", "checkpoints", "samples")}
+    assert lost < set(row)
+  # What a step's samples take is told by the line of the next step.
+  assert [row["samples_seconds"] > 0 for row in speed] == [0, 0, 1, 0]
+  samples = _writers.read_metrics(workdir / "samples.jsonl")
+  assert [row["step"] for row in samples] == [2, 4]
+  assert set(samples[0]) == {
+    *("step", "mean/0", "std/0", "saturated/0", "drift/0"),
+  }
+
+
+@pytest.mark.skipif(
+  not hasattr(_stages.Stage, "frozen_shapes"), reason="needs training.flops"
+)
+def test_utilisation_is_of_the_steps_necessary_operations(folders, monkeypatch):
+  from crcm_jax.training import flops
+
+  monkeypatch.setattr(_loop, "peak_flops", lambda kind: 1e6)
+  stage = tiny.stage(steps=2)
+  _loop.train_stage(stage, folders)
+  workdir = folders.experiment / "diffusion"
+  expected = flops.step(stage, "student").total / 1e6
+  for row in _writers.read_metrics(workdir / "speed.jsonl"):
+    used = row["model_flop_utilisation"] / row["steps_per_second"]
+    assert used == pytest.approx(expected)
+
+
+def test_a_checkpoint_holds_the_position_of_the_batch_used_last(folders):
+  """And not of the one that was read ahead."""
+  _loop.train_stage(tiny.stage(), folders)
+  checkpoints = Checkpoints(folders.experiment / "diffusion")
+  for step in (2, 4):
+    assert checkpoints.read(step).data == {"position": step}
+  checkpoints.close()
+
+
+def test_the_loops_settings_reach_the_reader(folders):
+  loop = dict(data_workers=2, max_bad_records=3)
+  data = dict(name="moving_digits", batch_size=2, frames=3)
+  config = tiny.config(loop=loop, data=data)
+  stage = _experiment.read_experiment(config).stages["diffusion"]
+  assert stage.dataset.reading == Reading(workers=2, max_bad=3)
+  with pytest.raises(ValueError, match=r"`workers` must not be negative"):
+    tiny.stage(loop=dict(data_workers=-1))
 
 
 def test_another_config_in_the_workdir_is_refused(folders):
@@ -88,7 +148,10 @@ def test_a_config_may_allow_updates_that_are_not_finite(folders):
 
 
 class _Killed:
-  """Batches that ask the process to stop, once, at the second one."""
+  """Batches that ask the process to stop, once, at the second one.
+
+  It is read while the first step runs, or just after.
+  """
 
   def __init__(self, batches):
     self._batches, self._count = batches, 0
@@ -108,9 +171,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
   handler = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
     batches = _data.RandomLatents.batches
-    killed = lambda self, folder, seed: _Killed(batches(self, folder, seed))
+    killed = lambda *arguments: _Killed(batches(*arguments))
     patch.setattr(_data.RandomLatents, "batches", killed)
-    with pytest.raises(_loop.Interrupted, match=r"saved at step 2"):
+    with pytest.raises(_loop.Interrupted, match=r"saved at step [12]"):
       _loop.train_stage(stage, folders)
   assert signal.getsignal(signal.SIGTERM) is handler
   assert _loop.train_stage(stage, folders).step == stage.steps

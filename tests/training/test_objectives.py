@@ -17,7 +17,7 @@ from crcm_jax.data import Batch
 from crcm_jax.testing import GaussianTeacher, golden
 from crcm_jax.time_sampling import ShiftedUniform
 from crcm_jax.training import Alternation, objectives
-from crcm_jax.training.objectives import _inputs
+from crcm_jax.training.objectives import _inputs, _self_forcing
 
 MODEL = models.Wan(CONFIG)
 JUMPING = models.Wan(dataclasses.replace(CONFIG, end_time=True))
@@ -123,6 +123,41 @@ def test_bad_data_costs_its_own_example(kind, field):
   assert metrics.dropped.tolist() == [0, 1]
   assert metrics.student_non_finite.tolist() == [0, 0]
   assert all(np.isfinite(g).all() for g in jax.tree.leaves((grads, metrics)))
+
+
+def test_the_chunks_parts_of_the_gradient_add_up():
+  _, metrics, _ = _compiled("self_forcing")(_batch())
+  parts = metrics.chunk_gradient_norm
+  assert parts.shape == (2, 3)
+  assert (parts > 0).all()
+  np.testing.assert_allclose(
+    jnp.square(parts).sum(axis=1), metrics.gradient_norm**2, rtol=1e-5
+  )
+
+
+def test_a_chunks_part_is_the_norm_of_its_frames():
+  x = jnp.zeros((1, 3, 1, 2, 2)).at[:, 1:].set(3.0)  # 1 frame, 2 frames
+  norms = _self_forcing._chunk_norms(x, ChunkPattern(1, 2))
+  np.testing.assert_allclose(norms, [[0.0, 3.0 * np.sqrt(8)]], rtol=1e-6)
+
+
+def test_the_critics_error_is_sorted_by_time():
+  _, metrics, _ = _compiled("critic")(_batch())
+  value, present = metrics.error_by_time
+  assert value.shape == present.shape == (2, _self_forcing.TIME_BUCKETS)
+  np.testing.assert_array_equal(present.sum(axis=1), 1)
+  np.testing.assert_allclose(value.sum(axis=1), metrics.error, rtol=1e-6)
+
+
+def test_times_fall_into_buckets_of_equal_width():
+  t = jnp.array([0.0, 0.24, 0.25, 0.99, 1.0, 0.6])
+  values, keep = jnp.arange(1.0, 7.0), jnp.arange(6) < 5
+  masked = _self_forcing._by_time(values, t, keep)
+  buckets = [0, 0, 1, 3, 3]
+  expected = np.zeros((6, 4))
+  expected[range(5), buckets] = [1, 2, 3, 4, 5]
+  np.testing.assert_array_equal(masked.value, expected)
+  np.testing.assert_array_equal(masked.present, expected > 0)
 
 
 def test_bad_student_shows_in_the_loss():

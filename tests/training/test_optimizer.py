@@ -10,6 +10,7 @@ from parity import GOLDEN, real
 
 from crcm_jax.testing import golden
 from crcm_jax.training import adamw
+from crcm_jax.training._optimizer import warmed_up
 
 MISC = golden.load(GOLDEN / "misc.npz")
 SETTINGS = {
@@ -48,6 +49,17 @@ def test_warm_up_is_the_references():
   _, rates = jax.lax.scan(step, optimizer.init(jnp.zeros(())), None, 110)
   key = "lr_multiplier_first_110"
   parity.check_each("misc", key, rates, MISC[key])
+
+
+def test_the_shown_learning_rate_is_the_used_one():
+  settings = dict(learning_rate=0.3, warmup_steps=4, warmup_start=0.1, b1=0.0)
+  optimizer = adamw(**settings, weight_decay=0.0, eps=0.0)
+  schedule = warmed_up(**settings)
+  state = optimizer.init(jnp.zeros(()))
+  for i in range(6):
+    updates, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+    np.testing.assert_allclose(-updates, schedule(i), rtol=1e-5)
+  assert schedule(5) == jnp.float32(0.3)
 
 
 def test_gradients_are_clipped_before_the_moments():

@@ -41,3 +41,15 @@ def test_rules_must_fit_and_match_every_leaf():
 def test_a_mesh_has_no_more_devices_than_there_are():
   with pytest.raises(ValueError, match=rf"at most {len(jax.devices())} devi"):
     sharding.make_mesh(data=512)
+
+
+def test_a_lone_process_reads_all_rows():
+  mesh = sharding.make_mesh()
+  assert sharding.local_rows(mesh, 3) == (0, 1, 2)
+
+
+def test_what_is_placed_can_be_fetched():
+  placed = sharding.shard(TREE, sharding.make_mesh(), RULES)
+  tree = sharding.place(TREE, placed)
+  assert jax.tree.map(lambda a: a.sharding, tree) == placed
+  assert sharding.fetch(tree["blocks"]["kernel"]).shape == (2, 4, 4)

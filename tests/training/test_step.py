@@ -11,6 +11,7 @@ import pytest
 
 from crcm_jax import losses, training
 from crcm_jax.data import Batch
+from crcm_jax.training import _step, objectives
 
 
 class Draws(NamedTuple):
@@ -68,16 +69,18 @@ def test_student_step_counts_and_averages():
   # The first update copies the parameters into the average.
   np.testing.assert_array_equal(state.ema["w"], state.student["w"])
   assert sorted(metrics) == [
-    *("dropped", "error", "grad_norm", "loss"),
+    *("dropped", "ema_decay", "error", "grad_norm", "loss"),
     *("parts/0", "parts/1", "skipped"),
   ]
   assert metrics["dropped"] == 2  # A count is summed, a value averaged.
   np.testing.assert_allclose(
     metrics["parts/1"], 2 * metrics["error"], rtol=1e-6
   )
-  state, _ = step(state, {}, _batch(), KEY)
+  assert metrics["ema_decay"] == 0
+  state, metrics = step(state, {}, _batch(), KEY)
   beta, rest = training.ema_beta(jnp.array(1), training.ema_exponent(0.1))
   assert 0 < beta < rest < 1
+  np.testing.assert_allclose(metrics["ema_decay"], beta, rtol=1e-6)
   assert state.ema["w"] != state.student["w"]
 
 
@@ -198,6 +201,47 @@ class Consistent:
       jnp.full((2, 1), 0.5),
       frame_weight=weight,
     )
+
+
+@pytest.mark.parametrize("phase", ["student", "critic"])
+def test_the_learning_rate_is_that_of_the_phases_own_update(phase):
+  rate = lambda updates: 0.1 * (1 + updates)
+  step = training.make_train_step(
+    Line(),
+    OPTIMIZER,
+    phase=phase,
+    alternation=training.Alternation(student_every=3),
+    learning_rate=rate,
+  )
+  state = _state(fake=True)
+  rates = []
+  for _ in range(3):
+    state, metrics = step(state, {}, _batch(), KEY)
+    rates.append(metrics["learning_rate"])
+  np.testing.assert_allclose(rates, [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+class Partly(NamedTuple):
+  error: objectives.Masked
+
+
+class Bucketed(Line):
+  """A metric of two parts: both examples have the first, none the second."""
+
+  def loss(self, trainable, frozen, batch, draws, counters):
+    loss, _ = super().loss(trainable, frozen, batch, draws, counters)
+    present = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    value = jnp.array([[2.0, 0.0], [4.0, 0.0]])
+    return loss, Partly(objectives.Masked(value, present))
+
+
+def test_a_metric_that_no_example_has_is_left_out():
+  step = training.make_train_step(Bucketed(), OPTIMIZER)
+  _, metrics = step(_state(), {}, _batch(), KEY)
+  numbers = _step.read_scalars(metrics)
+  assert numbers["error/0"] == 3.0
+  assert "error/1" not in numbers
+  assert numbers["loss"] == float(metrics["loss"])
 
 
 @pytest.mark.parametrize("where", ["data", "teacher"])

@@ -31,15 +31,31 @@ def test_a_resumed_run_drops_the_steps_after_its_checkpoint(tmp_path):
   assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
 
 
+def test_each_kind_of_numbers_has_its_own_file_and_resumes(tmp_path):
+  for from_step in (0, 1):
+    writer = _writers.Files(tmp_path, from_step=from_step)
+    for step in (1, 2)[from_step:]:
+      for i, kind in enumerate(("metrics", "speed", "samples")):
+        writer.scalars(step, {"x": 10.0 * from_step + i}, kind)
+    writer.close()
+  for i, kind in enumerate(("metrics", "speed", "samples")):
+    assert _writers.read_metrics(tmp_path / f"{kind}.jsonl") == [
+      {"step": 1, "x": i},
+      {"step": 2, "x": 10 + i},
+    ]
+
+
 def test_tensorboard_gets_curves_and_strips(tmp_path):
   pytest.importorskip("tensorboardX")
   writer = _writers.Fanout([_writers.TensorBoard(tmp_path)])
   writer.scalars(1, {"loss": 0.5})
+  writer.scalars(1, {"tokens": 3.0}, "speed")
   writer.videos(1, {"digits": CLIP})
   writer.close()
   (events,) = tmp_path.glob("events.*")
   content = events.read_bytes()
   assert b"loss" in content
+  assert b"speed/tokens" in content
   assert b"digits" in content
 
 

@@ -14,6 +14,7 @@ from crcm_jax.training.objectives._discrete_consistency import (
 )
 from crcm_jax.training.objectives._joint import Joint as Joint
 from crcm_jax.training.objectives._mean_flow import MeanFlow as MeanFlow
+from crcm_jax.training.objectives._objective import Masked as Masked
 from crcm_jax.training.objectives._objective import Objective as Objective
 from crcm_jax.training.objectives._ode_regression import (
   BidirectionalOdeRegression as BidirectionalOdeRegression,

@@ -1,8 +1,20 @@
 """What the train step needs of an objective."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from crcm_jax._typing import Array, Float, Params, PRNGKeyArray
+
+
+class Masked(NamedTuple):
+  """A metric that some examples have and others lack: averaged over the first.
+
+  Attributes:
+    value: of each example and part; zero where it is lacking.
+    present: 1 where there is one, else 0.
+  """
+
+  value: Float[Array, "b parts"]
+  present: Float[Array, "b parts"]
 
 
 @runtime_checkable
@@ -29,6 +41,7 @@ class Objective(Protocol):
     """Returns each example's loss, and metrics: a NamedTuple of arrays.
 
     A field is a number, or has one per example, or per example and part
-    (chunk), `[b, parts]`; integers are counts. The loss is deterministic.
+    (chunk), `[b, parts]`; integers are counts, and `Masked` is one that not
+    every example has. The loss is deterministic.
     """
     ...

@@ -28,8 +28,12 @@ from crcm_jax.sampling import Rollout
 from crcm_jax.time_sampling import ShiftedUniform, TimeDistribution
 from crcm_jax.training._counters import Counters, step_counts
 from crcm_jax.training.objectives import _inputs, _networks
+from crcm_jax.training.objectives._objective import Masked
 
 DEFAULT_TIME = ShiftedUniform(5.0)
+
+TIME_BUCKETS = 4
+"""Intervals of t in which the critic's error is measured apart."""
 
 
 class SelfForcingDraws(NamedTuple):
@@ -41,14 +45,31 @@ class SelfForcingDraws(NamedTuple):
   noise: Float[Array, "b f h w c"]
 
 
+class CriticMetrics(NamedTuple):
+  """What the critic's regression measures.
+
+  Attributes:
+    error: mean squared error of its velocity, per example.
+    error_by_time: the same in each of `TIME_BUCKETS` equal intervals of t: a
+      critic that lags behind the student shows where t is large.
+    dropped: 1 where bad data removed the example.
+    student_non_finite: 1 where the critic itself gave NaN or infinity.
+  """
+
+  error: Float[Array, "b"]
+  error_by_time: Masked
+  dropped: Int[Array, "b"]
+  student_non_finite: Int[Array, "b"]
+
+
 class SelfForcingMetrics(NamedTuple):
   """What self-forcing measures.
 
   Attributes:
     gradient_norm: norm of the normalised score difference, per example.
     scale: mean distance of the samples from the real score's prediction.
-    chunk_gap: root mean square of video minus target in each chunk: a chunk
-      that drifts apart shows here first.
+    chunk_gradient_norm: that of each chunk alone, their squares adding up: a
+      chunk that drifts apart shows here first.
     steps: denoising steps of this iteration's first chunk.
     dropped: 1 where a caption or a score removed the example.
     student_non_finite: 1 where the student's own video is not finite.
@@ -56,7 +77,7 @@ class SelfForcingMetrics(NamedTuple):
 
   gradient_norm: Float[Array, "b"]
   scale: Float[Array, "b"]
-  chunk_gap: Float[Array, "b chunks"]
+  chunk_gradient_norm: Float[Array, "b chunks"]
   steps: Float[Array, ""]
   dropped: Int[Array, "b"]
   student_non_finite: Int[Array, "b"]
@@ -128,6 +149,8 @@ class _Simulation:
     chunks = self.pattern.num_chunks(inputs.x_0.shape[1])
     times, full_counts = sampling.chunk_times(self._schedules(), chunks)
     counts = step_counts(counter, full_counts)
+    if not differentiable:  # many short passes, which need no float32
+      params = models.working_copy(params, self.student.config.dtype)
     made = sampling.rollout(
       self._chunks(inputs.condition, inputs.x_0),
       params,
@@ -197,7 +220,7 @@ class SelfForcing(_Simulation):
     video = self._replayed(trainable, inputs, made)
     loss = losses.target_matching_loss(video, target)
     return self.loss_scale * loss, SelfForcingMetrics(
-      chunk_gap=_chunk_gap(
+      chunk_gradient_norm=_chunk_norms(
         losses.zero_examples(made.video - target, metrics.dropped == 0),
         self.pattern,
       ),
@@ -254,7 +277,7 @@ class Critic(_Simulation):
     batch: Any,
     draws: SelfForcingDraws,
     counters: Counters,
-  ) -> tuple[Float[Array, "b"], losses.FlowMatchingMetrics]:
+  ) -> tuple[Float[Array, "b"], CriticMetrics]:
     """Returns the critic's flow-matching loss of each example."""
     inputs = _inputs.prepare(batch)
     made, _ = self._roll_out(
@@ -267,7 +290,10 @@ class Critic(_Simulation):
       _mark(draws.noise, inputs),
       _inputs.per_frame(draws.t, made.video),
     )
-    return self.loss_scale * loss, metrics
+    by_time = _by_time(metrics.error, draws.t, metrics.dropped == 0)
+    return self.loss_scale * loss, CriticMetrics(
+      error_by_time=by_time, **metrics._asdict()
+    )
 
 
 def _mark(noise: Array, inputs: _inputs.Inputs) -> Array:
@@ -275,10 +301,20 @@ def _mark(noise: Array, inputs: _inputs.Inputs) -> Array:
   return jnp.where(jnp.isnan(inputs.x_0), jnp.nan, noise)
 
 
-def _chunk_gap(
-  gap: Float[Array, "b f h w c"], pattern: ChunkPattern
+def _chunk_norms(
+  x: Float[Array, "b f h w c"], pattern: ChunkPattern
 ) -> Float[Array, "b chunks"]:
-  square = jnp.mean(jnp.square(gap), axis=(2, 3, 4))
-  spans = pattern.spans(gap.shape[1])
-  chunks = [square[:, start:stop].mean(axis=1) for start, stop in spans]
+  square = jnp.sum(jnp.square(x), axis=(2, 3, 4))
+  spans = pattern.spans(x.shape[1])
+  chunks = [square[:, start:stop].sum(axis=1) for start, stop in spans]
   return jax.lax.stop_gradient(jnp.sqrt(jnp.stack(chunks, axis=1)))
+
+
+def _by_time(
+  values: Float[Array, "b"], t: Float[Array, "b"], keep: Array
+) -> Masked:
+  """Sorts the values of the examples that are kept into buckets of time."""
+  bucket = jnp.minimum((t * TIME_BUCKETS).astype(jnp.int32), TIME_BUCKETS - 1)
+  inside = (bucket[:, None] == jnp.arange(TIME_BUCKETS)) & keep[:, None]
+  here = jnp.where(inside, values[:, None], 0)
+  return Masked(jax.lax.stop_gradient(here), jnp.asarray(inside, values.dtype))

@@ -5,10 +5,8 @@ of GPUs as many fake CPU devices are used: memory and collectives are then an
 estimate, since XLA splits the program alike but fuses it differently.
 """
 
-import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -26,9 +24,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from crcm_jax import kernels, models
-from crcm_jax._typing import Array
-from crcm_jax.training import sharding
+from crcm_jax.training import _mesh_checks, sharding
 from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training._step import Shardings
 from crcm_jax.training.plan._chips import GIB, Topology
@@ -106,16 +102,10 @@ def mesh_shape(
   Raises:
     ValueError: if they are not as many as the topology has.
   """
-  sizes = {axis: shape.get(axis) or 1 for axis in sharding.AXES}
-  if shape.get("data") is None:
-    sizes["data"] = max(1, topology.devices // math.prod(sizes.values()))
-  if math.prod(sizes.values()) != topology.devices:
-    raise ValueError(
-      f"`mesh` must multiply to the {topology.devices} devices of"
-      f" {topology.name}; got {sizes}. Set it, for instance with `--mesh"
-      f" fsdp={topology.devices}`."
-    )
-  return sizes
+  sizes = {axis: shape.get(axis, 1) for axis in sharding.AXES}
+  return _mesh_checks.fill(
+    sizes | {"data": shape.get("data")}, topology.devices
+  )
 
 
 def make_mesh(topology: Topology, shape: Mapping[str, int | None]) -> Mesh:
@@ -161,13 +151,7 @@ def arguments(stage: Stage, mesh: Mesh | AbstractMesh) -> Arguments:
     ValueError: if the batch does not divide.
   """
   batch = stage.dataset.shapes()
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  examples = batch.x_0.shape[0]
-  if examples % shards:
-    raise ValueError(
-      f"`config.data.batch_size` must divide by the {shards} devices of"
-      f" `mesh.data` x `mesh.fsdp`; got {examples}."
-    )
+  _mesh_checks.check_batch(mesh.shape, batch.x_0.shape[0])
   by_rules = lambda tree: _place(tree, sharding.shard(tree, mesh, stage.rules))
   split = sharding.batch_sharding(mesh)
   key = jax.eval_shape(stage.run_key)
@@ -183,7 +167,7 @@ def compile_step(stage: Stage, phase: Phase, mesh: Mesh) -> Compiled:
   """Compiles one of a stage's steps for the devices of a mesh."""
   given = arguments(stage, mesh)
   where = jax.tree.map(lambda a: a.sharding, given)
-  step = on_mesh(stage, mesh).train_steps(
+  step = stage.on(mesh).train_steps(
     Shardings(where.state, where.frozen, where.batch)
   )[phase]
   options: Any = None
@@ -214,70 +198,3 @@ def _place(tree: Any, where: Any) -> Any:
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
   )
-
-
-def on_mesh(stage: Stage, mesh: Mesh) -> Stage:
-  """Returns the stage whose networks split examples and heads over a mesh."""
-  if mesh.size == 1:
-    return stage
-
-  def place(objective: Any) -> Any:
-    fields = {field.name for field in dataclasses.fields(objective)}
-    changes: dict[str, Any] = {
-      role: _OnMesh(network.config, _Attention(mesh), mesh=mesh)
-      for role in fields & {"student", "teacher", "real", "fake"}
-      if isinstance(network := getattr(objective, role), models.Wan)
-    }
-    if "objectives" in fields:
-      changes["objectives"] = tuple(map(place, objective.objectives))
-    return dataclasses.replace(objective, **changes)
-
-  placed = {phase: place(o) for phase, o in stage.objectives.items()}
-  return dataclasses.replace(stage, objectives=placed)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attention:
-  """Attention of each device's examples and heads: XLA splits no kernels."""
-
-  mesh: Mesh
-
-  def __call__(
-    self,
-    q: Array,
-    k: Array | None,
-    v: Array | None,
-    *,
-    context: Any = None,
-    context_ranges: Array | None = None,
-    **settings: Any,
-  ) -> Array:
-    def local(q, own, context, ranges):
-      return kernels.attention(
-        q, *own, context=context, context_ranges=ranges, **settings
-      )
-
-    split = PartitionSpec(("data", "fsdp"), None, "tensor")
-    return jax.shard_map(
-      local,
-      mesh=self.mesh,
-      in_specs=(split, split, split, PartitionSpec()),
-      out_specs=split,
-    )(q, (k, v), context, context_ranges)
-
-
-class _OnMesh(models.Wan):
-  """A network whose tokens stay with their examples between layers."""
-
-  mesh: Any = None
-
-  def _scan(self, body: Any, carry: Any, xs: Any = None) -> Any:
-    examples = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-
-    def placed(block: Any, carry: Any, xs: Any) -> Any:
-      keep = functools.partial(
-        jax.lax.with_sharding_constraint, shardings=examples
-      )
-      return body(block, jax.tree.map(keep, carry), xs)
-
-    return super()._scan(placed, carry, xs)

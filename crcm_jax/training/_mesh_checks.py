@@ -1,0 +1,83 @@
+"""The sizes that a mesh asks for, checked before anything is compiled."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from crcm_jax.training._rules import AXES, BATCH
+
+
+def fill(sizes: Mapping[str, int | None], devices: int) -> dict[str, int]:
+  """Returns the devices along each axis; one None takes those left over.
+
+  Args:
+    sizes: devices along each axis.
+    devices: devices to use, in all.
+
+  Raises:
+    ValueError: if the axes do not multiply to them.
+  """
+  given = {axis: n for axis, n in sizes.items() if n is not None}
+  for axis, n in given.items():
+    if n < 1:
+      raise ValueError(f"`mesh.{axis}` must be at least 1 device; got {n}.")
+  used = math.prod(given.values())
+  rest = devices // used
+  filled = {axis: rest if n is None else n for axis, n in sizes.items()}
+  if math.prod(filled.values()) != devices or not rest:
+    product = " x ".join(f"{axis} {n}" for axis, n in given.items())
+    raise ValueError(
+      f"`mesh` must multiply to the {devices} devices; got {product} ="
+      f" {used}. Change one of {', '.join(AXES)}, leave `data` out to take the"
+      " devices that the others leave, or set `mesh.devices` to use fewer."
+    )
+  return filled
+
+
+def splits_batch(mesh: Mapping[str, int], batch: int) -> bool:
+  """Whether examples divide by the devices that they are split over."""
+  return batch % math.prod(mesh[axis] for axis in BATCH) == 0
+
+
+def check_batch(mesh: Mapping[str, int], batch: int) -> None:
+  """Raises ValueError if examples do not divide by data x fsdp."""
+  if not splits_batch(mesh, batch):
+    data, fsdp = (mesh[axis] for axis in BATCH)
+    raise ValueError(
+      f"`data.batch_size` must divide by the devices of `mesh.data` x"
+      f" `mesh.fsdp`, {data} x {fsdp} = {data * fsdp}; got {batch}. Change the"
+      " batch, or give devices to `mesh.context` or `mesh.tensor` instead."
+    )
+
+
+def check_heads(mesh: Mapping[str, int], heads: int) -> None:
+  """Raises ValueError if heads do not divide by tensor."""
+  if heads % mesh["tensor"]:
+    raise ValueError(
+      f"`mesh.tensor` must divide the {heads} heads of the network; got"
+      f" {mesh['tensor']}. Give the devices to `mesh.fsdp` or `mesh.context`,"
+      " which split any number of heads."
+    )
+
+
+def check_tokens(mesh: Mapping[str, int], tokens: int) -> None:
+  """Raises ValueError if the tokens of a frame do not divide by context."""
+  n = mesh["context"]
+  if tokens % n:
+    fit = [m for m in range(n, 0, -1) if tokens % m == 0]
+    raise ValueError(
+      f"`mesh.context` must divide the {tokens} tokens of a latent frame, of"
+      f" which each device holds an equal part; got {n}. Set it to {fit[0]} or"
+      " less that divides, or crop the frames."
+    )
+
+
+def check_stage(mesh: Mapping[str, int], config: Any, shape: Any) -> None:
+  """Checks a network and the latents `[b f h w c]` that it is trained on.
+
+  Raises:
+    ValueError: if they do not divide by the devices they are split over.
+  """
+  check_batch(mesh, shape[0])
+  check_heads(mesh, config.heads)
+  check_tokens(mesh, config.tokens_per_frame(*shape[2:4]))

@@ -1,0 +1,128 @@
+"""Which mesh axes split which dimensions of a Wan network's arrays, as data.
+
+A rule is a regular expression for the path of an array and, for each of its
+dimensions, the mesh axis or axes that split it. The first rule that matches
+decides. Optimizer moments and moving averages have the parameters' paths in
+theirs, and so the same rules.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
+"""The axes that split examples."""
+
+Axes: TypeAlias = Sequence[str | Sequence[str] | None]
+Rules: TypeAlias = Sequence[tuple[str, Axes]]
+"""Pairs of a regular expression and the mesh axes of each dimension."""
+
+REPLICATED: Rules = ((".*", ()),)
+"""Every device holds everything."""
+
+_IN_COLUMNS = ".*attention/(image_)?(query|key|value)|ffn/up"
+_IN_ROWS = ".*attention/out|ffn/down"
+_NORMS = ".*attention/(image_)?(query|key)_norm"
+
+WAN_RULES: Rules = (
+  # Layers are stacked: [layers, in, out]. Columns, then rows, over `tensor`:
+  # the features between them, heads among them, are never gathered.
+  (f".*blocks/({_IN_COLUMNS})/kernel", (None, "fsdp", "tensor")),
+  (f".*blocks/({_IN_ROWS})/kernel", (None, "tensor", "fsdp")),
+  (f".*blocks/({_IN_COLUMNS})/bias", (None, "tensor")),
+  (f".*blocks/{_NORMS}/scale", (None, "tensor")),
+  (".*", ()),
+)
+"""Layers split over `fsdp` and `tensor`; the little outside them is whole."""
+
+NAMED: Mapping[str, Rules] = {"replicated": REPLICATED, "wan": WAN_RULES}
+"""Sets of rules by the names that configs give them."""
+
+ROLES: Mapping[str, str] = {
+  "student": "(student|student_opt_state|ema)",
+  "fake": "(fake|fake_opt_state)",
+  "teacher": "teacher",
+  "real": "real",
+}
+"""The roles of networks, and where paths with their parameters begin."""
+
+_ACTIVATIONS: Rules = (
+  ("tokens.*", (BATCH, None, "context")),
+  ("patches", (BATCH,)),
+  # A layer's parameters, gathered from `fsdp` as it begins.
+  (f"layer/({_IN_COLUMNS})/kernel", (None, "tensor")),
+  (f"layer/({_IN_ROWS})/kernel", ("tensor",)),
+  (f"layer/({_IN_COLUMNS})/bias|layer/{_NORMS}/scale", ("tensor",)),
+  ("cache/text/.*", (None, BATCH, None, "tensor")),
+)
+
+CACHE_BY_HEADS: Rules = (
+  *_ACTIVATIONS,
+  ("cache/past/.*", (None, BATCH, None, None, ("tensor", "context"))),
+  (".*", ()),
+)
+"""What a step computes, where the heads divide by tensor x context.
+
+A cache, `[layers b f p n d]`, then lies as attention reads it, and only new
+frames travel.
+"""
+
+CACHE_BY_TOKENS: Rules = (
+  *_ACTIVATIONS,
+  ("cache/past/.*", (None, BATCH, None, "context", "tensor")),
+  (".*", ()),
+)
+"""Where they do not: a cache travels each time it is read."""
+
+
+def read_rules(setting: Any) -> Rules:
+  """Returns the rules that a config's `sharding` stands for.
+
+  Args:
+    setting: the name of a set (`NAMED`); or rules; or either for some roles,
+      `dict(student="wan", real=((PATTERN, AXES), ...))`: then the patterns are
+      of the parameters' own paths, and the roles left out have `WAN_RULES`.
+
+  Raises:
+    ValueError: if there is no such set or role.
+  """
+  if isinstance(setting, str):
+    return _one_of(NAMED, setting, "config.sharding")
+  if not isinstance(setting, Mapping):
+    return tuple((pattern, tuple(axes)) for pattern, axes in setting)
+  rules = []
+  for role, of_role in setting.items():
+    start = _one_of(ROLES, role, "config.sharding")
+    rules += [
+      (f"{start}/(.*/)?({pattern})", axes)
+      for pattern, axes in read_rules(of_role)
+    ]
+  return (*rules, *WAN_RULES)
+
+
+def _one_of(choices: Mapping[str, Any], name: str, what: str) -> Any:
+  if name not in choices:
+    raise ValueError(f"`{what}` must name one of {[*choices]}; got {name!r}.")
+  return choices[name]
+
+
+def spec_of(name: str, rules: Rules) -> PartitionSpec:
+  """Returns the axes of the first rule that matches.
+
+  Raises:
+    ValueError: if none does.
+  """
+  for pattern, axes in rules:
+    if re.fullmatch(pattern, name):
+      return PartitionSpec(*map(_hashable, axes))
+  raise ValueError(
+    f"`rules` must match every leaf; none matches {name!r}. End them with"
+    " ('.*', ())."
+  )
+
+
+def _hashable(axes: Any) -> Any:
+  return tuple(axes) if isinstance(axes, list) else axes

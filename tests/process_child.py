@@ -1,0 +1,84 @@
+"""`crcm train` as a child process of a test, with something going wrong.
+
+  python process_child.py MISHAP PROCESS ARGUMENT...
+
+The mishap befalls the process of that number only, at its third batch.
+"""
+
+import os
+import signal
+import sys
+
+import jax
+
+import crcm_jax.cli
+from crcm_jax.training import _checkpoints, _data
+
+AT = 3
+
+
+def fail():
+  """Raises, as a full disk does."""
+  raise OSError(28, "No space left on device")
+
+
+def terminate():
+  """Asks this process to stop, as a scheduler does."""
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill():
+  """Ends this process at once, as a lack of memory does."""
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cannot_read():
+  """Lets this process fail to read the newest checkpoint."""
+  usual = _checkpoints.Checkpoints._state
+
+  def state(checkpoints, step, like):
+    if step == checkpoints.steps()[-1]:
+      raise _checkpoints._Unreadable("a bad sector")
+    return usual(checkpoints, step, like)
+
+  _checkpoints.Checkpoints._state = state
+
+
+class Batches:
+  """Batches of which the third brings a mishap."""
+
+  def __init__(self, batches, mishap):
+    self._batches, self._mishap, self._count = batches, mishap, 0
+
+  def __next__(self):
+    self._count += 1
+    if self._count == AT:
+      self._mishap()
+    return next(self._batches)
+
+  def __getattr__(self, name):
+    return getattr(self._batches, name)
+
+
+def main(mishap, process, *arguments):
+  """Runs the command."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  if mishap == "cannot_read" and f"--process-id {process}" in " ".join(
+    arguments
+  ):
+    cannot_read()
+    mishap = "none"
+  usual = _data.MovingDigits.batches
+
+  def batches(*given):
+    made = usual(*given)
+    if mishap != "none" and jax.process_index() == int(process):
+      return Batches(made, globals()[mishap])
+    return made
+
+  _data.MovingDigits.batches = batches
+  return crcm_jax.cli.main(["train", *arguments])
+
+
+if __name__ == "__main__":
+  sys.exit(main(*sys.argv[1:]))
