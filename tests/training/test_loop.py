@@ -114,6 +114,34 @@ def test_the_loops_settings_reach_the_reader(folders):
     tiny.stage(loop=dict(data_workers=-1))
 
 
+@pytest.mark.slow
+def test_worker_processes_change_nothing_that_is_computed(tmp_path):
+  """Two real ones; a run goes on without them where they left it."""
+  pytest.importorskip("tensorflow_datasets")
+  network = tiny.config()["network"] | dict(
+    in_channels=16, out_channels=16, text_width=32, text_length=8
+  )
+  settings = dict(
+    network=network,
+    data=dict(
+      name="moving_digits", batch_size=2, frames=2, train_clips=8, test_clips=1
+    ),
+  )
+  states = []
+  for name, runs in (("alone", [(0, 4)]), ("helped", [(2, 2), (0, 4)])):
+    folders = _loop.Folders(tmp_path / name, tmp_path / "data")
+    for workers, steps in runs:
+      loop = dict(checkpoint_every=2, tensorboard=False, data_workers=workers)
+      config = tiny.config(**settings, loop=loop)
+      config["diffusion"] = tiny.DIFFUSION | dict(steps=steps)
+      stage = _experiment.read_experiment(config).stages["diffusion"]
+      state = _loop.train_stage(stage, folders)
+    states.append((state, lines(folders)))
+  (alone, written), (helped, written_too) = states
+  assert_same(alone, helped)
+  assert written == written_too
+
+
 def test_another_config_in_the_workdir_is_refused(folders):
   _loop.train_stage(tiny.stage(steps=2), folders)
   with pytest.raises(ValueError, match=r"differs in `optimizer.learning_rate`"):
