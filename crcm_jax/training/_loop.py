@@ -103,9 +103,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     run.closing(),
     _stop_signal() as stop,
     _bar(stage, first) as bar,
-    contextlib.closing(
-      Feed(batches, place, meter, bar.set_postfix_str)
-    ) as feed,
+    Feed(batches, place, meter, bar.set_postfix_str) as feed,
   ):
     for step in range(first + 1, stage.steps + 1):
       phase = stage.phase(step - 1)

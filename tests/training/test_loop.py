@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import logging
 import os
+import re
 import signal
 
 import jax
@@ -56,9 +58,13 @@ def test_the_workdir_tells_all_about_the_run(folders):
   assert len(list((workdir / "samples").glob("*_0000004.gif"))) == 2
 
 
-def test_speed_and_samples_have_files_of_their_own(folders):
+def test_speed_and_samples_have_files_of_their_own(folders, caplog):
   stage = tiny.stage(loop=dict(sample_every=2))
-  _loop.train_stage(stage, folders)
+  with caplog.at_level(logging.INFO, logger="crcm_jax"):
+    _loop.train_stage(stage, folders)
+  assert re.search(
+    r"diffusion: 4 steps in .* tokens/s; lost .* s to samples", caplog.text
+  )
   workdir = folders.experiment / "diffusion"
   speed = _writers.read_metrics(workdir / "speed.jsonl")
   assert [row["step"] for row in speed] == [1, 2, 3, 4]
