@@ -107,9 +107,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     run.closing(),
     _stop_signal() as asked,
     _bar(stage, first) as bar,
-    contextlib.closing(
-      Feed(batches, place, meter, bar.set_postfix_str)
-    ) as feed,
+    Feed(batches, place, meter, bar.set_postfix_str) as feed,
   ):
     stop = _processes.AnyProcess(asked)
     for step in range(first + 1, stage.steps + 1):
