@@ -1,6 +1,7 @@
 """The command `crcm`: train, sample, evaluate, encode, convert, and so on."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,9 +9,10 @@ import logging
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after `crcm`; those of this process if None.
 
   Returns:
-    The exit status: 0, 2 for a bad argument, 143 for a run that was stopped.
+    The exit status: 0, also for a run that SIGTERM stopped and that is saved;
+    130 if Ctrl-C did; 2 for a bad argument.
   """
   words = list(sys.argv[1:] if argv is None else argv)
   parser = _parser()
@@ -105,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   except training.Interrupted as error:
     print(f"crcm: {error}", file=sys.stderr)
-    return 143
+    return 130 if error.signal == signal.SIGINT else 0
   return 0
 
 
@@ -122,12 +125,30 @@ def train(arguments: argparse.Namespace) -> None:
   record = {"command": arguments.command, "config": experiment.config}
   _write_json(folders.experiment / "experiment.json", record)
   start = time.monotonic()
-  for stage in chosen:
-    _write_command(folders.experiment / stage.name, arguments.command)
-    training.train_stage(stage, folders)
-  if arguments.stage is None and experiment.evaluation is not None:
-    _report(experiment, folders, arguments.command)
+  with _stops_at_sigterm():
+    for stage in chosen:
+      _write_command(folders.experiment / stage.name, arguments.command)
+      training.train_stage(stage, folders)
+    if arguments.stage is None and experiment.evaluation is not None:
+      _report(experiment, folders, arguments.command)
   _LOG.info("Done in %.1f minutes.", (time.monotonic() - start) / 60)
+
+
+@contextlib.contextmanager
+def _stops_at_sigterm() -> Iterator[None]:
+  """Also where there is nothing to save, SIGTERM is no failure of a run."""
+
+  def stop(number: int, frame: Any) -> None:
+    del frame
+    raise training.Interrupted(
+      "stopped, with nothing new to save; the same command goes on.", number
+    )
+
+  old = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -38,7 +38,15 @@ class NonFiniteUpdate(FloatingPointError):
 
 
 class Interrupted(Exception):
-  """The run was asked to stop, and saved a checkpoint first."""
+  """The run was asked to stop, and saved a checkpoint first.
+
+  Attributes:
+    signal: what asked it, SIGTERM or SIGINT.
+  """
+
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.signal = number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +77,23 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     NonFiniteUpdate: at the first update that is not finite, unless
       `config.loop.allow_skipped` allows it.
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+    OSError: if a checkpoint or a line of metrics cannot be written; the
+      checkpoints before it stay as they are.
   """
   workdir = folders.experiment / stage.name
-  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
+  checkpoints = Checkpoints(
+    workdir, keep=stage.loop.keep, milestone_every=stage.loop.milestone_every
+  )
   mesh = sharding.make_mesh(**stage.mesh)
   batches = stage.dataset.batches(folders.data, stage.seed)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
-    state = stage.init_state(folders.experiment)
+    state, latest = stage.init_state(folders.experiment), {}
     state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, like))
   else:
-    state = restored.state
+    state, latest = restored.state, restored.metrics
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
   frozen = stage.load_frozen(folders.experiment)
@@ -90,7 +102,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   first = int(state.step)
   _describe(stage, workdir, like)
   writer = _open_writers(stage, workdir, first)
-  run = _Run(stage, checkpoints, writer, _latest(workdir))
+  run = _Run(stage, checkpoints, writer, latest)
   steps = stage.train_steps(_shardings(like, frozen, mesh))
   key = stage.run_key()
   with run.closing(), _stop_signal() as stop, _bar(stage, first) as bar:
@@ -99,14 +111,18 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
       batch = sharding.place_batch(next(batches), mesh)
       state, metrics = steps[phase](state, frozen, batch, key)
       run.report(bar, step, phase, metrics)
-      if stop.is_set() or stage.loop.is_due("checkpoint", step, stage.steps):
-        run.save(step, state, batches.get_state())
-      if stage.loop.is_due("sample", step, stage.steps):
+      stopped = stop.is_set()
+      # Before the step is saved, after which a resumed run would not make
+      # them; a run that has to stop has no time for them.
+      if stage.loop.is_due("sample", step, stage.steps) and not stopped:
         run.sample(step, state.ema, batch)
-      if stop.is_set():
+      if stopped or stage.is_saved(step):
+        run.save(step, state, batches.get_state())
+      if stopped:
         raise Interrupted(
           f"{stage.name} was stopped and saved at step {step}; the same"
-          " command goes on from there."
+          " command goes on from there.",
+          stop.number,
         )
   return state
 
@@ -134,6 +150,7 @@ class _Run:
 
     Reading waits for the device. One step later it need not wait.
     """
+    self._checkpoints.check()
     self.flush()
     self._pending = step, phase, metrics
     shown = {k: f"{v:.4g}" for k, v in self._latest.items() if "loss" in k}
@@ -159,7 +176,7 @@ class _Run:
   def save(self, step: int, state: TrainState, data: Any) -> None:
     """Starts writing a checkpoint of a step whose metrics are finite."""
     self.flush()
-    self._checkpoints.save(step, state, data, self._stage.config)
+    self._checkpoints.save(step, state, data, self._stage.config, self._latest)
 
   def sample(self, step: int, params: Any, batch: Any) -> None:
     """Writes a few clips of the moving average, for the batch's captions."""
@@ -174,17 +191,18 @@ class _Run:
   @contextlib.contextmanager
   def closing(self) -> Iterator[None]:
     """Reads the last metrics at the end, and always closes the files."""
-    try:
+    with (
+      contextlib.closing(self._checkpoints),
+      contextlib.closing(self._writer),
+    ):
       yield
       self.flush()
-    finally:
-      self._writer.close()
-      self._checkpoints.close()
 
   def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
     if values["skipped"] <= self._stage.loop.allow_skipped:
       return
     names = [name for name, v in values.items() if not math.isfinite(v)]
+    self._checkpoints.wait()
     saved = self._checkpoints.steps()
     raise NonFiniteUpdate(
       f"{self._stage.name} stopped at step {step}: its update was not finite"
@@ -235,12 +253,6 @@ def _open_writers(
   return _writers.Fanout(writers)
 
 
-def _latest(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns the metrics of the last line that the run goes on from."""
-  rows = _writers.read_metrics(workdir / "metrics.jsonl")
-  return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
-
-
 def _bar(stage: Stage, first: int) -> Any:
   """Shows stage, step, loss and time left; a line a minute in a log file."""
   live = sys.stderr.isatty()
@@ -254,10 +266,16 @@ def _bar(stage: Stage, first: int) -> Any:
   )
 
 
+class _Stop(threading.Event):
+  """Set once a signal, of this number, has asked to stop."""
+
+  number = 0
+
+
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-  """Turns the first SIGTERM or SIGINT into an event; a second one acts."""
-  stop = threading.Event()
+def _stop_signal() -> Iterator[_Stop]:
+  """Notes the first SIGTERM or SIGINT; a second one acts."""
+  stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
@@ -265,6 +283,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 
   def ask(number: int, frame: Any) -> None:
     del frame
+    stop.number = number
     stop.set()
     signal.signal(number, old[number])
 

@@ -5,6 +5,7 @@ to `samples/`; `TensorBoard` writes the same for TensorBoard. Several writers
 are one `Writer` through `Fanout`.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -71,13 +72,22 @@ class Files:
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / "metrics.jsonl"
     kept = [r for r in read_metrics(path) if r["step"] <= from_step]
-    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    self._file = path.open("a")
+    new = path.with_suffix(".new")  # a killed process leaves one file or other
+    new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    new.rename(path)
+    self._path, self._file = path, path.open("a")
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Appends one line."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    """Appends one line.
+
+    Raises:
+      OSError: if it cannot be written, naming the file.
+    """
+    try:
+      self._file.write(json.dumps({"step": step, **values}) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Writes one gif a clip."""
@@ -87,8 +97,9 @@ class Files:
       write_video(folder / f"{name}_{step:07d}.gif", video)
 
   def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
+    """Closes the file; a line that could not be written was reported."""
+    with contextlib.suppress(OSError):
+      self._file.close()
 
 
 def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
