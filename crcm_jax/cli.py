@@ -1,15 +1,17 @@
 """The command `crcm`: train, sample, evaluate, encode, convert, and so on."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after `crcm`; those of this process if None.
 
   Returns:
-    The exit status: 0, 2 for a bad argument, 143 for a run that was stopped.
+    The exit status: 0, also for a run that SIGTERM stopped and that is saved;
+    130 if Ctrl-C did; 2 for a bad argument.
   """
   words = list(sys.argv[1:] if argv is None else argv)
   parser = _parser()
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   except training.Interrupted as error:
     print(f"crcm: {error}", file=sys.stderr)
-    return 143
+    return 130 if error.signal == signal.SIGINT else 0
   return 0
 
 
@@ -122,13 +125,31 @@ def _train(arguments: argparse.Namespace) -> None:
   else:
     _LOG.setLevel(logging.WARNING)
   start = time.monotonic()
-  for stage in chosen:
-    if first:
-      _write_command(folders.experiment / stage.name, arguments.command)
-    training.train_stage(stage, folders)
-  if arguments.stage is None and experiment.evaluation is not None:
-    _report(experiment, folders, arguments.command)
+  with _stops_at_sigterm():
+    for stage in chosen:
+      if first:
+        _write_command(folders.experiment / stage.name, arguments.command)
+      training.train_stage(stage, folders)
+    if arguments.stage is None and experiment.evaluation is not None:
+      _report(experiment, folders, arguments.command)
   _LOG.info("Done in %.1f minutes.", (time.monotonic() - start) / 60)
+
+
+@contextlib.contextmanager
+def _stops_at_sigterm() -> Iterator[None]:
+  """Also where there is nothing to save, SIGTERM is no failure of a run."""
+
+  def stop(number: int, frame: Any) -> None:
+    del frame
+    raise training.Interrupted(
+      "stopped, with nothing new to save; the same command goes on.", number
+    )
+
+  old = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -1,15 +1,22 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-One checkpoint holds the train state, the position in the data, the config and
-the version of the code. Random keys need no room: a step derives its own from
-the seed and its number. Orbax writes in the background to a temporary folder
-and renames it, so that a folder with a number for a name is complete; one that
-was damaged later is skipped for the one before it, and the reader is told.
+One checkpoint holds the train state (both networks, both optimizers' states,
+the moving average, and the counters that tell the phase), the position in the
+data, the metrics that the next line of the log repeats, the config, and the
+versions of the code. Random keys need no room: a step derives its own from the
+seed, which the config has, and its number, which the state has.
+
+Orbax writes in the background to a temporary folder and renames it. Still in
+the background, one process lists the files with their hashes (`_manifest`), and
+only then are older checkpoints removed. So whatever is cut off at any moment, a
+checkpoint with a list is complete, and there is one as soon as there was one.
 """
 
+import concurrent.futures
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +24,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crcm_jax._version import __version__
-from crcm_jax.training import _config, _processes
+from crcm_jax.training import _config, _manifest, _processes
 
 _LOG = logging.getLogger(__name__)
 
 RESUMABLE = ("loop", "mesh", "sharding", "steps")
 """Sections and keys that may change between a run and its continuation."""
+
+VERSIONS = {"crcm_jax": __version__, "jax": jax.__version__}
+"""Other versions may compute other bits."""
+
+
+class NotSaved(OSError):
+  """A checkpoint could not be written; those before it are as they were."""
 
 
 class Restored(NamedTuple):
@@ -33,45 +47,70 @@ class Restored(NamedTuple):
     state: the train state.
     data: the position in the data, as JSON values.
     config: the config of the run that wrote it.
+    metrics: each metric's last value, by name.
+    versions: of the code that wrote it.
   """
 
   step: int
   state: Any
   data: Any
   config: dict[str, Any]
+  metrics: dict[str, float]
+  versions: dict[str, str]
 
 
 class Checkpoints:
   """The checkpoints of one stage, in `WORKDIR/checkpoints`."""
 
-  def __init__(self, workdir: pathlib.Path | str, *, keep: int = 2):
+  def __init__(
+    self,
+    workdir: pathlib.Path | str,
+    *,
+    keep: int = 2,
+    milestone_every: int = 0,
+  ):
     """Opens the checkpoints of `workdir`.
 
     Args:
       workdir: folder of the stage; made if it is missing.
       keep: how many of the newest checkpoints to keep.
+      milestone_every: those of each so many iterations are kept for ever; 0
+        is for none.
 
     Raises:
-      ValueError: if `keep` is less than 1.
+      ValueError: if `keep` is less than 1, or `milestone_every` than 0.
     """
     if keep < 1:
       raise ValueError(f"`keep` must be at least 1; got {keep}.")
+    if milestone_every < 0:
+      raise ValueError(
+        f"`milestone_every` must be at least 0; got {milestone_every}."
+      )
+    self._keep, self._milestone_every = keep, milestone_every
     self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         "about": ocp.JsonCheckpointHandler(),
       },
     )
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
 
   def steps(self) -> list[int]:
     """Lists the iterations of which there is a checkpoint, oldest first."""
-    return sorted(self._manager.all_steps())
+    return sorted(
+      int(folder.name) for folder in self._written() if _manifest.is_in(folder)
+    )
 
   def save(
-    self, step: int, state: Any, data: Any, config: Mapping[str, Any]
+    self,
+    step: int,
+    state: Any,
+    data: Any,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts writing a checkpoint; does nothing if this step has one.
 
@@ -80,23 +119,56 @@ class Checkpoints:
       state: pytree of arrays; may be donated once this returns.
       data: the position in the data, as JSON values.
       config: the stage's config.
+      metrics: each metric's last value, by name.
+
+    Raises:
+      NotSaved: if this checkpoint or the one before it cannot be written.
     """
+    self.wait()
     if step in self._manager.all_steps():
       return
     about = {
       "data": data,
       "config": _config.as_dict(config),
-      "version": __version__,
+      "metrics": dict(metrics or {}),
+      "versions": VERSIONS,
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-      ),
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
     )
+    try:
+      self._manager.save(step, args=args)
+    except Exception as error:
+      raise self._not_saved(step, error) from error
+    self._saving = step, self._thread.submit(self._finish, step)
+
+  def check(self) -> None:
+    """Raises `NotSaved` if the last checkpoint could not be written."""
+    if self._saving is not None and self._saving[1].done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until everything is written.
+
+    Raises:
+      NotSaved: if it could not be.
+    """
+    if self._saving is None:
+      return
+    step, future = self._saving
+    self._saving = None
+    try:
+      future.result()
+    # Orbax, TensorStore and the file system raise many kinds of errors for a
+    # disk that is full, and no common one.
+    except Exception as error:
+      raise self._not_saved(step, error) from error
 
   def restore(self, like: Any, config: Mapping[str, Any]) -> Restored | None:
     """Reads the newest checkpoint of this config that is whole.
+
+    For the run that goes on here: it also clears away what an earlier one left
+    half-written.
 
     Args:
       like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes
@@ -108,53 +180,41 @@ class Checkpoints:
 
     Raises:
       ValueError: if the workdir belongs to another config, naming the keys
-        that differ, or if there are checkpoints but none can be read.
+        that differ; if there are checkpoints but all are damaged; or if a
+        whole one does not fit `like`.
     """
-    damaged: list[int] = []
-    reason = ""
-    for step in reversed(self.steps()):
-      about, state, reason = {}, None, None
-      try:
-        about = self._about(step)
-        _check_same(about["config"], config, self._folder.parent)
-        state = self._state(step, like)
-      except _Unreadable as error:
-        reason = _first_line(error)
-      # What one process cannot read is damaged for all.
-      reason = next(filter(None, _processes.gather(reason)), None)
-      if reason is None:
-        self._set_aside(damaged)
-        return Restored(step, state, about["data"], about["config"])
-      damaged.append(step)
-    if damaged:
-      raise ValueError(
-        f"`workdir` must hold a readable checkpoint; none of {damaged} in"
-        f" {self._folder} can be read ({reason}). Remove the folder to start"
-        " over."
-      )
-    return None
-
-  def _set_aside(self, damaged: Sequence[int]) -> None:
-    """Renames damaged checkpoints, so that the run can write them again."""
-    for step in damaged if _processes.is_first_process() else ():
-      aside = f"{step}.damaged"
-      (self._folder / str(step)).rename(self._folder / aside)
-      _LOG.warning(
-        "The checkpoint of step %d in %s is damaged: it was renamed to %s, and"
-        " the one before it is used.",
-        *(step, self._folder, aside),
-      )
+    whole, damaged = self._agree_on_newest_whole()
+    if whole is None:
+      if damaged:
+        raise ValueError(
+          f"`workdir` must hold a whole checkpoint; those of steps"
+          f" {[step for step, _ in damaged]} in {self._folder} are all damaged"
+          f" ({damaged[0][1]}). Remove the folder to start over."
+        )
+      return None
+    about = self._about(whole)
+    _check_same(about["config"], config, self._folder.parent)
+    restored = self._restored(whole, about, like)
+    if _processes.is_first_process():
+      for step, reason in damaged:
+        self._set_aside(step, "damaged", reason)
     if damaged:
       _processes.wait_for_all()
       self._manager.reload()
+    if restored.versions != VERSIONS:
+      _LOG.warning(
+        "The checkpoint of step %d was written by %s, and this is %s: the run"
+        " goes on, but perhaps not to the same bits.",
+        *(whole, restored.versions, VERSIONS),
+      )
+    return restored
 
   def read(self, step: int | None, like: Any = None) -> Restored:
     """Reads one checkpoint whatever its config, for another use.
 
     Args:
       step: iterations done, or None for the newest.
-      like: as in `restore`; None restores plain dictionaries of NumPy arrays,
-        the whole of them in each process.
+      like: as in `restore`; None restores plain dictionaries.
 
     Raises:
       ValueError: if there is no such checkpoint, or it is damaged.
@@ -167,32 +227,110 @@ class Checkpoints:
       )
     step = steps[-1] if step is None else step
     try:
-      about = self._about(step)
-      state = self._state(step, like)
-    except _Unreadable as error:
+      _manifest.check(self._folder / str(step))
+    except _manifest.Damaged as error:
       raise ValueError(
         f"the checkpoint of step {step} in {self._folder} is damaged"
-        f" ({_first_line(error)}); name another one with `@STEP`, of {steps}."
+        f" ({error}); name another one with `@STEP`, of {steps}."
       ) from error
-    return Restored(step, state, about["data"], about["config"])
+    return self._restored(step, self._about(step), like)
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._manager.wait_until_finished()
+    """Waits until everything is written.
+
+    Raises:
+      NotSaved: if it could not be.
+    """
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
     self._manager.close()
+
+  def _written(self) -> list[pathlib.Path]:
+    """Lists the folders that Orbax has finished."""
+    return [p for p in self._folder.glob("[0-9]*") if p.name.isdecimal()]
+
+  def _finish(self, step: int) -> None:
+    """Waits for Orbax, lists the files, and removes old checkpoints."""
+    self._manager.wait_until_finished()
+    if _processes.is_first_process():
+      _manifest.write(self._folder / str(step))
+      for old in self.steps()[: -self._keep]:
+        if not self._is_milestone(old):
+          self._remove(self._folder / str(old))
+
+  def _is_milestone(self, step: int) -> bool:
+    return self._milestone_every > 0 and step % self._milestone_every == 0
+
+  def _remove(self, folder: pathlib.Path) -> None:
+    """Removes a checkpoint; at no moment is there half of one."""
+    shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
+
+  def _not_saved(self, step: int, error: Exception) -> NotSaved:
+    steps = self.steps()
+    last = (
+      f"that of step {steps[-1]} is whole" if steps else "there is no other"
+    )
+    return NotSaved(
+      f"the checkpoint of step {step} could not be written to {self._folder}"
+      f" ({_first_line(error)}); {last}. See that there is room and that the"
+      " folder may be written to; the same command goes on from there."
+    )
+
+  def _clear_unfinished(self) -> None:
+    """Clears away what a run left that was cut off while it wrote."""
+    for suffix in (ocp.utils.TMP_DIR_SUFFIX, _REMOVED):
+      for folder in self._folder.glob(f"*{suffix}"):
+        shutil.rmtree(folder)
+    for folder in self._written():
+      if not _manifest.is_in(folder):
+        self._set_aside(
+          int(folder.name), "unfinished", f"it has no {_manifest.NAME}"
+        )
+
+  def _agree_on_newest_whole(self) -> tuple[int | None, list[Any]]:
+    """Clears up and looks in the first process, and tells the others."""
+    found = None
+    if _processes.is_first_process():
+      self._clear_unfinished()
+      found = self._newest_whole()
+    found = _processes.gather(found)[0]
+    self._manager.reload()
+    return found
+
+  def _newest_whole(self) -> tuple[int | None, list[tuple[int, str]]]:
+    """Returns the newest whole one, and what is wrong with those after it."""
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(self.steps()):
+      try:
+        _manifest.check(self._folder / str(step))
+        return step, damaged
+      except _manifest.Damaged as error:
+        damaged.append((step, str(error)))
+    return None, damaged
+
+  def _set_aside(self, step: int, what: str, reason: str) -> None:
+    """Renames a checkpoint, so that the run can write it again."""
+    folder = self._folder / str(step)
+    aside = folder.with_suffix(f".{what}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    _LOG.warning(
+      "The checkpoint of step %d in %s is %s (%s): it was renamed to %s, and"
+      " the run goes on from the one before it.",
+      *(step, self._folder, what, reason, aside.name),
+    )
 
   # The manager's own `restore` ends with all processes waiting for each other,
   # which one that cannot read never joins. A handler reads for one process.
 
   def _about(self, step: int) -> dict[str, Any]:
-    folder = self._item(step, "about")
-    try:
-      return dict(ocp.JsonCheckpointHandler().restore(folder))
-    except Exception as error:
-      raise _Unreadable(str(error)) from error
+    folder: Any = self._folder / str(step) / "about"
+    return dict(ocp.JsonCheckpointHandler().restore(folder))
 
-  def _state(self, step: int, like: Any) -> Any:
-    folder = self._item(step, "state")
+  def _restored(self, step: int, about: Any, like: Any) -> Restored:
+    folder: Any = self._folder / str(step) / "state"
     handler = ocp.StandardCheckpointHandler()
     try:
       if like is None:
@@ -200,19 +338,18 @@ class Checkpoints:
         target = jax.tree.map(_host_array, handler.metadata(folder).tree)
       else:
         target = jax.tree.map(_shape_of, like)
-      return handler.restore(folder, args=ocp.args.StandardRestore(target))
-    # Orbax, TensorStore and the file system raise many kinds of errors for a
-    # damaged file, and no common one.
+      args = ocp.args.StandardRestore(target)
+      state = handler.restore(folder, args=args)
     except Exception as error:
-      raise _Unreadable(str(error)) from error
+      raise ValueError(
+        f"the checkpoint of step {step} in {self._folder}, written by"
+        f" {about['versions']}, is whole but cannot be read into this run's"
+        f" state: {_first_line(error)}. Use the code that wrote it."
+      ) from error
+    return Restored(step, state, **about)
 
-  def _item(self, step: int, name: str) -> Any:
-    """Returns an item's folder; Orbax's name for the type is another one."""
-    return self._folder / str(step) / name
 
-
-class _Unreadable(Exception):
-  """A checkpoint that is there, but cannot be read."""
+_REMOVED = ".removed"
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -42,7 +42,15 @@ class NonFiniteUpdate(FloatingPointError):
 
 
 class Interrupted(Exception):
-  """The run was asked to stop, and saved a checkpoint first."""
+  """The run was asked to stop, and saved a checkpoint first.
+
+  Attributes:
+    signal: what asked it, SIGTERM or SIGINT.
+  """
+
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.signal = number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +83,25 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     NonFiniteUpdate: at the first update that is not finite, unless
       `config.loop.allow_skipped` allows it.
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+    OSError: if a checkpoint or a line of metrics cannot be written; the
+      checkpoints before it stay as they are.
   """
   workdir = folders.experiment / stage.name
   _agreement.check_start(stage.config, workdir)
   mesh = sharding.make_mesh(**stage.mesh)
   stage = stage.on(mesh)
-  checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
+  checkpoints = Checkpoints(
+    workdir, keep=stage.loop.keep, milestone_every=stage.loop.milestone_every
+  )
   batches = _batches(stage, folders.data, mesh)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
-    state = stage.init_state(folders.experiment)
+    state, latest = stage.init_state(folders.experiment), {}
     state = sharding.place(state, jax.tree.map(lambda a: a.sharding, like))
   else:
-    state = restored.state
+    state, latest = restored.state, restored.metrics
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
   frozen = stage.load_frozen(folders.experiment)
@@ -99,7 +111,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   _describe(stage, workdir, like, frozen)
   writer = _open_writers(stage, workdir, first)
   meter = _meter(stage, mesh)
-  run = _Run(stage, checkpoints, writer, _latest(workdir), meter)
+  run = _Run(stage, checkpoints, writer, latest, meter)
   steps = stage.train_steps(_shardings(like, frozen, mesh))
   key = stage.run_key()
   place = functools.partial(sharding.place_batch, mesh=mesh)
@@ -117,14 +129,17 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
       meter.started(metrics)
       run.report(bar, step, phase, metrics)
       stopping = stop.is_set(now=step == stage.steps)
-      if stopping or stage.loop.is_due("checkpoint", step, stage.steps):
-        run.save(step, state, feed.get_state())
-      if stage.loop.is_due("sample", step, stage.steps):
+      # Before the step is saved, after which a resumed run would not make
+      # them; a run that has to stop has no time for them.
+      if stage.loop.is_due("sample", step, stage.steps) and not stopping:
         run.sample(step, state.ema, batch)
+      if stopping or stage.is_saved(step):
+        run.save(step, state, feed.get_state())
       if stopping:
         raise Interrupted(
           f"{stage.name} was stopped and saved at step {step}; the same"
-          " command goes on from there."
+          " command goes on from there.",
+          asked.number,
         )
   _processes.wait_for_all()
   return state
@@ -155,6 +170,7 @@ class _Run:
 
     Reading waits for the device. One step later it need not wait.
     """
+    self._checkpoints.check()
     self.flush()
     self._pending = step, phase, metrics
     shown = {k: f"{v:.4g}" for k, v in self._latest.items() if "loss" in k}
@@ -186,7 +202,9 @@ class _Run:
     """Starts writing a checkpoint of a step whose metrics are finite."""
     self.flush()
     with self._meter.losing("checkpoints"):
-      self._checkpoints.save(step, state, data, self._stage.config)
+      self._checkpoints.save(
+        step, state, data, self._stage.config, self._latest
+      )
 
   def sample(self, step: int, params: Any, batch: Any) -> None:
     """Writes a few clips of the moving average, for the batch's captions."""
@@ -207,18 +225,19 @@ class _Run:
   @contextlib.contextmanager
   def closing(self) -> Iterator[None]:
     """Reads the last metrics at the end, and always closes the files."""
-    try:
+    with (
+      contextlib.closing(self._checkpoints),
+      contextlib.closing(self._writer),
+    ):
       yield
       self.flush()
       _LOG.info("%s: %s.", self._stage.name, self._meter.summary())
-    finally:
-      self._writer.close()
-      self._checkpoints.close()
 
   def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
     if values["skipped"] <= self._stage.loop.allow_skipped:
       return
     names = [name for name, v in values.items() if not math.isfinite(v)]
+    self._checkpoints.wait()
     saved = self._checkpoints.steps()
     raise NonFiniteUpdate(
       f"{self._stage.name} stopped at step {step}: its update was not finite"
@@ -311,12 +330,6 @@ def _statistics(stage: Stage, videos: np.ndarray) -> dict[str, float]:
   }
 
 
-def _latest(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns the metrics of the last line that the run goes on from."""
-  rows = _writers.read_metrics(workdir / "metrics.jsonl")
-  return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
-
-
 def _bar(stage: Stage, first: int) -> Any:
   """Shows stage, step, loss and time left; a line a minute in a log file."""
   live = sys.stderr.isatty()
@@ -331,10 +344,16 @@ def _bar(stage: Stage, first: int) -> Any:
   )
 
 
+class _Stop(threading.Event):
+  """Set once a signal, of this number, has asked to stop."""
+
+  number = 0
+
+
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-  """Turns the first SIGTERM or SIGINT into an event; a second one acts."""
-  stop = threading.Event()
+def _stop_signal() -> Iterator[_Stop]:
+  """Notes the first SIGTERM or SIGINT; a second one acts."""
+  stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
@@ -342,6 +361,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 
   def ask(number: int, frame: Any) -> None:
     del frame
+    stop.number = number
     stop.set()
     signal.signal(number, old[number])
 

@@ -116,7 +116,9 @@ class Loop:
     log_every: steps between two lines of metrics.
     checkpoint_every: steps between two checkpoints.
     sample_every: steps between two sets of sample videos; 0 for none.
-    keep: checkpoints to keep.
+    keep: checkpoints to keep, the newest.
+    milestone_every: steps between two checkpoints that are kept for ever; 0
+      for none.
     allow_skipped: updates that may be skipped because they were not finite.
     tensorboard: whether to write for TensorBoard, beside the files.
     micro_batches: parts of a batch that a step takes one after another, to
@@ -130,6 +132,7 @@ class Loop:
   checkpoint_every: int = 100
   sample_every: int = 0
   keep: int = 2
+  milestone_every: int = 0
   allow_skipped: int = 0
   tensorboard: bool = True
   micro_batches: int = 1
@@ -149,7 +152,7 @@ class Loop:
     return data.Reading(workers=self.data_workers, max_bad=self.max_bad_records)
 
   def is_due(self, what: str, step: int, last: int) -> bool:
-    """Whether "log", "checkpoint" or "sample" is due after a step."""
+    """Whether "log", "checkpoint", "milestone" or "sample" is due."""
     every = getattr(self, f"{what}_every")
     return every > 0 and (step % every == 0 or step == last)
 
@@ -220,6 +223,13 @@ class Stage:
   def phase(self, iteration: int) -> Phase:
     """Returns which network an iteration trains."""
     return "student" if self.alternation.is_student(iteration) else "critic"
+
+  def is_saved(self, step: int) -> bool:
+    """Whether there is a checkpoint after a step."""
+    return any(
+      self.loop.is_due(what, step, self.steps)
+      for what in ("checkpoint", "milestone")
+    )
 
   def train_steps(
     self, shardings: Shardings | None = None

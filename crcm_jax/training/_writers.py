@@ -7,6 +7,7 @@ its own: a run's metrics, which a resumed run repeats exactly, its speed, which
 it does not, and what the sample videos' pixels are like.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -89,16 +90,25 @@ class Files:
     for kind in get_args(Kind):
       path = self._folder / f"{kind}.jsonl"
       kept = [r for r in read_metrics(path) if r["step"] <= from_step]
-      path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      new = path.with_suffix(".new")  # a killed process leaves one or the other
+      new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      new.rename(path)
       self._files[kind] = path.open("a")
 
   def scalars(
     self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
   ) -> None:
-    """Appends one line."""
+    """Appends one line.
+
+    Raises:
+      OSError: if it cannot be written, naming the file.
+    """
     file = self._files[kind]
-    file.write(json.dumps({"step": step, **values}) + "\n")
-    file.flush()
+    try:
+      file.write(json.dumps({"step": step, **values}) + "\n")
+      file.flush()
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, file.name) from error
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Writes one gif a clip."""
@@ -108,9 +118,10 @@ class Files:
       write_video(folder / f"{name}_{step:07d}.gif", video)
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the files; a line that could not be written was reported."""
     for file in self._files.values():
-      file.close()
+      with contextlib.suppress(OSError):
+        file.close()
 
 
 def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
