@@ -299,8 +299,9 @@ class Checkpoints:
     """Renames a checkpoint, so that the run can write it again."""
     folder = self._folder / str(step)
     aside = folder.with_suffix(f".{what}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    if jax.process_index() == 0:
+      shutil.rmtree(aside, ignore_errors=True)
+      folder.rename(aside)
     self._manager.reload()
     _LOG.warning(
       "The checkpoint of step %d in %s is %s (%s): it was renamed to %s, and"

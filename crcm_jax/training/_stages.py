@@ -126,10 +126,11 @@ class Loop:
   tensorboard: bool = True
 
   def __post_init__(self):
-    for name in ("log_every", "checkpoint_every"):
-      if getattr(self, name) < 1:
+    least = {"log_every": 1, "checkpoint_every": 1, "keep": 1}
+    for name, low in {**least, "milestone_every": 0}.items():
+      if getattr(self, name) < low:
         raise ValueError(
-          f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
+          f"`loop.{name}` must be at least {low}; got {getattr(self, name)}."
         )
 
   def is_due(self, what: str, step: int, last: int) -> bool:
