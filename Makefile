@@ -17,7 +17,7 @@ export TPU_SKIP_MDS_QUERY ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help quickstart test lint types aot doctest docs dist newest parity \
-        ci slow clean
+        ci slow soak clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -48,6 +48,10 @@ test: .venv/dev.stamp
 
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# Kills tiny runs of every stage, over and over: docs/training.md.
+soak: .venv/dev.stamp
+	$(BIN)/python tools/soak.py --kills 50 --workdir runs/soak
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

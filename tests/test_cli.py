@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 import tiny
 import tiny_wan
 
-from crcm_jax import cli, models
+from crcm_jax import cli, models, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "configs" / "moving_digits.py")
@@ -99,6 +101,29 @@ def test_an_unknown_stage_and_workdir_are_named(tmp_path, capsys):
   assert "must be one of ['consistency'" in capsys.readouterr().err
   assert run("evaluate", tmp_path) == 2
   assert "has no experiment.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
+)
+def test_a_run_that_was_stopped_and_saved(
+  tmp_path, capsys, monkeypatch, number, status
+):
+  def stop(stage, folders):
+    raise training.Interrupted("stopped and saved at step 7", number)
+
+  monkeypatch.setattr(training, "train_stage", stop)
+  assert run("train", "--config", DIGITS, "--workdir", tmp_path) == status
+  assert "crcm: stopped and saved at step 7" in capsys.readouterr().err
+
+
+def test_sigterm_while_there_is_nothing_to_save(tmp_path, capsys, monkeypatch):
+  before = signal.getsignal(signal.SIGTERM)
+  kill = lambda stage, folders: os.kill(os.getpid(), signal.SIGTERM)
+  monkeypatch.setattr(training, "train_stage", kill)
+  assert run("train", "--config", DIGITS, "--workdir", tmp_path) == 0
+  assert "stopped, with nothing new to save" in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("_compile_fast")

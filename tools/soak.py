@@ -25,6 +25,7 @@ whole commands as well.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import multiprocessing
@@ -42,39 +43,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+from crcm_jax import training
+from crcm_jax.training import _experiment, _loop, _manifest, sharding
+
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ |= {
-  "JAX_PLATFORMS": "cpu",
-  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-}
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-import tiny  # noqa: E402  # pyright: ignore[reportMissingImports]
-from jax.experimental import serialize_executable  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
-
-from crcm_jax import training  # noqa: E402
-from crcm_jax.training import _experiment, _loop, _manifest, sharding  # noqa: E402
 
 BASE = "diffusion"  # the networks that other stages start from
 
-SECTIONS = {
-  "bidirectional_diffusion": tiny.DIFFUSION,
-  "teacher_forcing": tiny.DIFFUSION,
-  "diffusion_forcing": tiny.DIFFUSION,
-  "discrete_consistency": tiny.MEAN_FLOW,
-  "continuous_consistency": tiny.MEAN_FLOW,
-  "mean_flow": tiny.MEAN_FLOW,
-  "ode_regression": tiny.MEAN_FLOW,
-  "bidirectional_ode_regression": tiny.ODE_REGRESSION,
-  "self_forcing": tiny.SELF_FORCING,
-  "joint": tiny.JOINT,
-}
-"""A tiny stage of each kind, by the name of its objective."""
+STAGES = (
+  *("bidirectional_diffusion", "teacher_forcing", "diffusion_forcing"),
+  *("discrete_consistency", "continuous_consistency", "mean_flow"),
+  *("ode_regression", "bidirectional_ode_regression", "self_forcing", "joint"),
+)
+"""Each is called by its objective's name."""
 
 DIGITS = dict(
   name="moving_digits", batch_size=2, frames=2, train_clips=16, test_clips=8
@@ -206,22 +193,28 @@ def keep(stage: training.Stage, experiment: pathlib.Path) -> Kept:
 
 def read_stages(name: str, steps: int) -> tuple[training.Stage, training.Stage]:
   """Returns the stage that others start from, and the one of this name."""
-  section: dict[str, Any] = {**SECTIONS[name], "steps": steps}
-  base, config = {**tiny.DIFFUSION, "steps": 2}, tiny.config()
-  if name not in ("self_forcing", "joint", "mean_flow"):
-    section |= dict(network={}, sampling={}, objective=dict(name=name))
-  if name == "bidirectional_ode_regression":
-    section |= dict(sampling=dict(ode_steps=4))
+  tiny: Any = importlib.import_module("tiny")
+  section = {
+    "mean_flow": tiny.MEAN_FLOW,
+    "bidirectional_ode_regression": tiny.ODE_REGRESSION,
+    "self_forcing": tiny.SELF_FORCING,
+    "joint": tiny.JOINT,
+  }.get(name, tiny.DIFFUSION | dict(objective=dict(name=name)))
+  if name.endswith("consistency") or name == "ode_regression":
+    section |= dict(init=dict(student=BASE, teacher=BASE))
+  config: dict[str, Any] = tiny.config(
+    stages=(BASE, name),
+    loop=dict(
+      checkpoint_every=3, log_every=2, milestone_every=60, tensorboard=False
+    ),
+  )
+  config |= {BASE: tiny.DIFFUSION | dict(steps=2)}
+  config |= {name: section | dict(steps=steps)}
   if name == "teacher_forcing":
     config["data"] = DIGITS
     config["network"] |= dict(
       in_channels=16, out_channels=16, text_width=32, text_length=8
     )
-  config |= {BASE: base, name: section, "stages": (BASE, name)}
-  config["loop"] = dict(
-    checkpoint_every=3, log_every=2, keep=2, milestone_every=60
-  )
-  config["loop"]["tensorboard"] = False
   stages = _experiment.read_experiment(config).stages
   return stages[BASE], stages[name]
 
@@ -338,7 +331,7 @@ def kill_once(run: Run, rng: random.Random, count: Kills) -> None:
   if way == "start":
     time.sleep(rng.uniform(0, 0.5))
   else:
-    target = before + rng.randint(1, 8)
+    target = before + rng.randint(1, 5)
     far = lambda: seen.began_at() is not None and seen.step() >= target
     status = wait(pid, far)
     if status is None and way == "write":
@@ -387,6 +380,31 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
   return found if one == other else [*found, "metrics.jsonl"]
 
 
+def reference(run: Run) -> None:
+  """Trains a stage without a stop, in an ordinary process.
+
+  It also keeps what the processes to be killed need.
+  """
+  configure()
+  folders = run.folders()
+  base, stage = read_stages(run.name, run.steps)
+  training.train_stage(base, folders)
+  with _no_cache():  # a program from there cannot be kept again
+    kept = keep(stage, folders.experiment)
+  (run.folder / "kept.pkl").write_bytes(pickle.dumps(kept))
+  # How often it saves changes nothing, and saving takes most of its time.
+  loop = dataclasses.replace(stage.loop, checkpoint_every=run.steps)
+  training.train_stage(dataclasses.replace(stage, loop=loop), folders)
+
+
+def configure() -> None:
+  """Sets JAX up for small programs on the CPU."""
+  sys.path.insert(0, str(ROOT / "tests"))  # the tiny networks
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+
+
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
   """Turns JAX's cache of compiled programs off."""
@@ -395,20 +413,6 @@ def _no_cache() -> Iterator[None]:
   yield
   jax.config.update("jax_enable_compilation_cache", True)
   compilation_cache.reset_cache()
-
-
-def reference(run: Run) -> None:
-  """Trains a stage without a stop, in an ordinary process.
-
-  It also keeps what the processes to be killed need.
-  """
-  folders = run.folders()
-  base, stage = read_stages(run.name, run.steps)
-  training.train_stage(base, folders)
-  with _no_cache():  # a program from there cannot be kept again
-    kept = keep(stage, folders.experiment)
-  (run.folder / "kept.pkl").write_bytes(pickle.dumps(kept))
-  training.train_stage(stage, folders)
 
 
 def soak(whole: Run, kills: int, seed: int) -> Kills:
@@ -449,17 +453,18 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--kills", type=int, default=50, help="for each stage")
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/soak")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--stages", nargs="*", choices=SECTIONS)
+  parser.add_argument("--stages", nargs="*", choices=STAGES)
   arguments = parser.parse_args(argv)
-  names = arguments.stages or list(SECTIONS)
+  names = arguments.stages or STAGES
   if len(names) > 1:  # each in a process of its own, to be forked from
     words = ("--kills", arguments.kills, "--workdir", arguments.workdir)
     words = (*words, "--seed", arguments.seed)
     command = (sys.executable, __file__, *map(str, words), "--stages")
     return max(subprocess.call([*command, name]) for name in names)
   (name,) = names
+  configure()
   begin = time.monotonic()
-  steps = 8 * arguments.kills + 12  # enough to be killed so often on the way
+  steps = 6 * arguments.kills + 12  # enough to be killed so often on the way
   run = Run(name, steps, arguments.workdir / name, "whole")
   count = soak(run, arguments.kills, arguments.seed)
   about = dataclasses.asdict(count) | {

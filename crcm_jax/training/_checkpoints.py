@@ -268,14 +268,11 @@ class Checkpoints:
     shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
 
   def _not_saved(self, step: int, error: Exception) -> NotSaved:
-    steps = self.steps()
-    last = (
-      f"that of step {steps[-1]} is whole" if steps else "there is no other"
-    )
     return NotSaved(
       f"the checkpoint of step {step} could not be written to {self._folder}"
-      f" ({_first_line(error)}); {last}. See that there is room and that the"
-      " folder may be written to; the same command goes on from there."
+      f" ({_first_line(error)}); those of steps {self.steps()} are as they"
+      " were. See that there is room and that the folder may be written to: the"
+      " same command goes on from there."
     )
 
   def _clear_unfinished(self) -> None:

@@ -140,10 +140,13 @@ class Loop:
   max_bad_records: int = 10
 
   def __post_init__(self):
-    for name in ("log_every", "checkpoint_every", "micro_batches"):
-      if getattr(self, name) < 1:
+    least = dict.fromkeys(
+      ("log_every", "checkpoint_every", "keep", "micro_batches"), 1
+    )
+    for name, low in {**least, "milestone_every": 0}.items():
+      if getattr(self, name) < low:
         raise ValueError(
-          f"`loop.{name}` must be at least 1; got {getattr(self, name)}."
+          f"`loop.{name}` must be at least {low}; got {getattr(self, name)}."
         )
     self.reading()  # refuses negative numbers
 

@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, folders):
 
 
 def test_the_workdir_tells_all_about_the_run(folders):
-  stage = tiny.stage(loop=dict(sample_every=4))
+  stage = tiny.stage(loop=dict(sample_every=4, keep=1, milestone_every=3))
   _loop.train_stage(stage, folders)
   workdir = folders.experiment / "diffusion"
   assert json.loads((workdir / "config.json").read_text()) == stage.config
@@ -54,7 +54,7 @@ def test_the_workdir_tells_all_about_the_run(folders):
     *("student/loss", "student/grad_norm", "student/skipped"),
     *("student/ema_decay", "student/learning_rate"),
   } <= set(rows[0])
-  assert Checkpoints(workdir).steps() == [2, 4]
+  assert Checkpoints(workdir).steps() == [3, 4]
   assert len(list((workdir / "samples").glob("*_0000004.gif"))) == 2
 
 
@@ -207,8 +207,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
     batches = _data.RandomLatents.batches
     killed = lambda *arguments: _Killed(batches(*arguments))
     patch.setattr(_data.RandomLatents, "batches", killed)
-    with pytest.raises(_loop.Interrupted, match=r"saved at step [12]"):
+    with pytest.raises(_loop.Interrupted, match=r"saved at step [12]") as error:
       _loop.train_stage(stage, folders)
+  assert error.value.signal == signal.SIGTERM
   assert signal.getsignal(signal.SIGTERM) is handler
   assert _loop.train_stage(stage, folders).step == stage.steps
   assert len(lines(folders).splitlines()) == stage.steps
@@ -280,6 +281,10 @@ def test_each_phase_is_compiled_once(folders, monkeypatch):
 def test_every_loop_setting_is_checked():
   with pytest.raises(ValueError, match=r"`loop.log_every` must be at least 1"):
     tiny.stage(loop=dict(log_every=0))
+  with pytest.raises(ValueError, match=r"`loop.keep` must be at least 1"):
+    tiny.stage(loop=dict(keep=0))
+  with pytest.raises(ValueError, match=r"`loop.milestone_every` must be at l"):
+    tiny.stage(loop=dict(milestone_every=-1))
   assert dataclasses.replace(tiny.stage().loop, sample_every=0).is_due(
     "checkpoint", 4, 4
   )

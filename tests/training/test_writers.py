@@ -1,4 +1,5 @@
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -63,3 +64,32 @@ def test_a_missing_extra_names_the_pip_command(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with pytest.raises(ImportError, match=r"pip install 'crcm_jax\[video\]'"):
     _writers.TensorBoard(tmp_path)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+  files = _writers.Files(tmp_path)
+  files._file.close()
+  with pathlib.Path("/dev/full").open("w") as files._file:
+    with pytest.raises(OSError, match=r"No space left .*: .*metrics.jsonl"):
+      files.scalars(1, {"loss": 1.0})
+    files.close()
+
+
+def test_a_kill_while_the_log_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
+  files = _writers.Files(tmp_path)
+  for step in (1, 2):
+    files.scalars(step, {"loss": 1.0})
+  files.close()
+  before = (tmp_path / "metrics.jsonl").read_text()
+
+  def killed(path, target):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+      _writers.Files(tmp_path, from_step=1)
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+  _writers.Files(tmp_path, from_step=1).close()
+  (row,) = _writers.read_metrics(tmp_path / "metrics.jsonl")
+  assert row["step"] == 1
