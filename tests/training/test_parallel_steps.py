@@ -25,10 +25,10 @@ MOVES = {
   # outputs and queries, and keys and values thrice: the clean ones' cotangents
   # come from their own stream and, as context, from the noisy one.
   ("teacher_forcing", "2x2x2x1"): {"all-gather": 21, "all-to-all": 18},
-  # The same, but for matrices; of 6 heads on 4 devices, keys and values are
-  # gathered by two pairs, whose gradient is a reduce-scatter.
+  # No matrices. Of 6 heads on 4 devices, keys and values of both streams are
+  # gathered by pairs, whose gradient is a reduce-scatter; and the patches.
   ("teacher_forcing", "1x1x4x2"): {
-    "all-gather": 0,
+    "all-gather": 5,
     "all-to-all": 18,
     "reduce-scatter": 6,
   },
