@@ -103,7 +103,7 @@ def attention(
     Causal-rCM, arXiv 2606.25473, appendix B (the tangent of masked attention).
   """
   shape = q.shape
-  q, k, v = (x if x is None else _one_token_axis(x) for x in (q, k, v))
+  q, (k, v) = _one_token_axis(q), jax.tree.map(_one_token_axis, (k, v))
   pairs = _pairs(k, v, context)
   _check_arrays(q, pairs)
   if context_ranges is not None and context is None:

@@ -330,7 +330,8 @@ class Wan(nn.Module):
     end_time: Times | None = None,
   ) -> Stream:
     precision = self.config.precision(x.dtype)
-    patches = self._whole(patchify(self._compute(x, x), self.config.patch))
+    patches = patchify(self._compute(x, x), self.config.patch)
+    patches = self._placed(patches, "patches", "tokens")
     tokens = self.patch_embedding(patches).astype(precision.residual)
     e = self.time_embedding(self._time_features(t, precision.island))
     if self.config.end_time:
@@ -369,11 +370,18 @@ class Wan(nn.Module):
   def _velocity(
     self, tokens: Float[Array, "b f p m"], e: Array, height: int
   ) -> Latents:
-    patches = self._whole(self.head(tokens, e))
+    patches = self._placed(self.head(tokens, e), "tokens", "patches")
     return unpatchify(patches, self.config.patch, height=height)
 
-  def _whole(self, patches: Array) -> Array:
-    return patches if self.place is None else self.place("patches", patches)
+  def _placed(self, patches: Array, *names: str) -> Array:
+    """Moves patches between where latents and where tokens lie.
+
+    On both sides of the linear layers, so that their gradients move no tokens.
+    """
+    if self.place is not None:
+      for name in names:
+        patches = self.place(name, patches)
+    return patches
 
   def _compute(self, a: Array, like: Array) -> Array:
     return a.astype(self.config.precision(like.dtype).compute)

@@ -155,7 +155,7 @@ class ParallelAttention:
     self, x: Array, batch: int, by_heads: bool = False
   ) -> PartitionSpec:
     examples = BATCH if splits_batch(self.mesh.shape, batch) else None
-    if by_heads:
+    if by_heads and x.ndim > 4:
       return PartitionSpec(examples, None, None, ("tensor", "context"))
     tokens = (None,) if x.ndim == 4 else (None, "context")
     return PartitionSpec(examples, *tokens, "tensor")

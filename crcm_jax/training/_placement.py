@@ -33,9 +33,9 @@ class Placement:
   @classmethod
   def for_heads(cls, mesh: AnyMesh, heads: int) -> "Placement":
     """Returns the placement of a network with so many heads."""
-    over = mesh.shape["tensor"] * mesh.shape["context"]
-    by_heads = heads % over == 0
-    return cls(mesh, CACHE_BY_HEADS if by_heads else CACHE_BY_TOKENS)
+    if heads % size_of(mesh, ("tensor", "context")):
+      return cls(mesh, CACHE_BY_TOKENS)
+    return cls(mesh, CACHE_BY_HEADS)
 
   def __call__(self, name: str, tree: Any) -> Any:
     """Returns the tree, its arrays where the rules put them."""

@@ -218,3 +218,24 @@ def test_scale():
   q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
   doubled = kernels.attention(2 * q, q, q, scale=0.1)
   assert jnp.allclose(doubled, kernels.attention(q, q, q, scale=0.2))
+
+
+def test_tokens_may_have_several_axes():
+  keys = jax.random.split(jax.random.key(0), 5)
+  flat = [jax.random.normal(key, (1, 6, 2, 8)) for key in keys]
+  grid = [x.reshape(1, 2, 3, 2, 8) for x in flat]
+  mask = kernels.BlockMask.noisy_rows((0, 3, 6))
+
+  def derivatives(q, k, v, *context):
+    def attend(q, k, v, *context):
+      return kernels.attention(q, k, v, context=context, mask=mask)
+
+    x = (q, k, v, *context)
+    o, tangent = jax.jvp(attend, x, x)
+    return o, tangent, jax.vjp(attend, *x)[1](o)
+
+  want = jax.tree.leaves(jax.jit(derivatives)(*flat))
+  got = jax.tree.leaves(jax.jit(derivatives)(*grid))
+  for a, b in zip(got, want, strict=True):
+    assert a.shape == (1, 2, 3, 2, 8)
+    assert jnp.allclose(a.reshape(b.shape), b, atol=1e-6)
