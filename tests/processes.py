@@ -34,7 +34,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def run(commands, *, devices=1, timeout=400):
+def run(commands, *, devices=1, timeout=900):
   """Runs scripts of this folder side by side, each with some CPU devices.
 
   Args:
