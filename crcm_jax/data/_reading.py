@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -234,7 +235,7 @@ class Batches:
       options = grain.MultiprocessingOptions(
         num_workers=self._reading.workers, per_worker_buffer_size=_AHEAD
       )
-      ahead = ahead.mp_prefetch(options)
+      ahead = ahead.mp_prefetch(options, _prepare_worker)
     return iter(ahead)
 
   def _count(self, bad: Sequence[BadRecord]) -> None:
@@ -245,6 +246,12 @@ class Batches:
     if len(self.bad_records) > self._reading.max_bad:
       every = [BadRecord(*item) for item in self.bad_records.items()]
       raise too_many(every, self._reading.max_bad)
+
+
+def _prepare_worker(index: int, count: int) -> None:
+  """Leaves Ctrl-C to the process that trains, which saves before it ends."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _parse_flags() -> None:

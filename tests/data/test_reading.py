@@ -2,7 +2,10 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -162,14 +165,25 @@ def test_clips_of_digits_are_checked_too(tmp_path):
   np.testing.assert_array_equal(clips[2], clips[3])
 
 
-def test_two_worker_processes_read_the_same_batches(folder, bad):
+def children():
+  return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_two_worker_processes_read_the_same_batches(folder, bad, monkeypatch):
   """Two real processes, bad records and positions included."""
   rewrite(folder / FILE, bad)
+  # Neither may start a JAX backend: it would take the accelerator's memory.
+  monkeypatch.setenv("JAX_PLATFORMS", "none_at_all")
   settings = dict(epochs=2, shuffle=True, seed=3)
   alone = batches(folder, **settings)
   expected = [batch.x_0 for batch in alone]
   helped = batches(folder, workers=2, **settings)
+  before = children()
   first = [next(helped).x_0 for _ in range(2)]
+  started = children() - before
+  assert len(started) == 2
+  for pid in started:
+    os.kill(pid, signal.SIGINT)  # Ctrl-C reaches them too; they read on.
   state = json.loads(json.dumps(helped.get_state()))
   rest = [batch.x_0 for batch in helped]
   helped.close()

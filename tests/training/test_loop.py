@@ -196,8 +196,14 @@ class _Killed:
       os.kill(os.getpid(), signal.SIGTERM)
     return next(self._batches)
 
+  def __iter__(self):
+    return self
+
   def get_state(self):
     return self._batches.get_state()
+
+  def set_state(self, state):
+    self._batches.set_state(state)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
