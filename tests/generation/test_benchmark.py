@@ -46,7 +46,7 @@ def test_the_benchmark_measures_all_it_says(benchmark, tmp_path, capsys):
   assert "ms a decoded RGB frame" in shown
   assert f"{4.5:>10}{15:>10}{20:>10}" in shown
   limits = [row.limit for row in rows if row.limit is not None]
-  assert limits == [4.5, 21, 62]
+  assert limits == [21, 62, 4.5]
 
 
 def test_what_fails_does_not_take_the_rest_along(
@@ -62,9 +62,9 @@ def test_what_fails_does_not_take_the_rest_along(
   assert "RuntimeError: no memory left" in capsys.readouterr().err
   table = json.loads((tmp_path / "rows.json").read_text())
   assert table["failed"] == report.failed
-  assert report.failed == ["decoder"] + [
-    f"{case.name}, {part}"
-    for case in benchmark.CASES
-    for part in ("clips", "calls")
-  ]
+  calls, clips = (
+    [f"{case.name}, {part}" for case in benchmark.CASES]
+    for part in ("calls", "clips")
+  )
+  assert report.failed == [*calls, "decoder", *clips]
   assert [row["what"] for row in table["rows"]].count("compiling, s") == 2
