@@ -45,7 +45,7 @@ def plan(arguments: argparse.Namespace) -> None:
     result
     for stage in stages.values()
     for result in _plan_stage(
-      _with_mesh(stage, arguments.mesh, topology), topology, limit
+      _with_mesh(stage, arguments.mesh), topology, limit
     )
   ]
   if arguments.json is not None:
@@ -68,7 +68,6 @@ def _plan_stage(
         "phase": phase,
         "topology": topology.name,
         "estimate": topology.chip.platform != "tpu",
-        "mesh": dict(stage.mesh),
         **planning.as_json(step),
         "change": change and change._asdict() | {"memory": change.memory.total},
       }
@@ -77,10 +76,9 @@ def _plan_stage(
 
 
 def _with_mesh(
-  stage: training.Stage, mesh: Mapping[str, int] | None, topology: Topology
+  stage: training.Stage, mesh: Mapping[str, int] | None
 ) -> training.Stage:
-  mesh = planning.mesh_shape(topology, stage.mesh if mesh is None else mesh)
-  return dataclasses.replace(stage, mesh=mesh)
+  return stage if mesh is None else dataclasses.replace(stage, mesh=dict(mesh))
 
 
 def mesh(text: str) -> dict[str, int]:

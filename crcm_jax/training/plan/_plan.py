@@ -39,6 +39,7 @@ class StepPlan:
   """What one step of a stage takes.
 
   Attributes:
+    mesh: devices along each axis.
     memory: bytes a device, by kind; of a program that the compiler refused
       without saying what it needs, the temporaries are 0.
     limit: bytes that a device has.
@@ -51,6 +52,7 @@ class StepPlan:
     roofline: how long that takes.
   """
 
+  mesh: dict[str, int]
   memory: Memory
   limit: float
   error: str
@@ -107,6 +109,7 @@ def plan_step(
       state = kinds.parameters + kinds.optimizer + kinds.ema
       moved = dataclasses.replace(moved, memory=products + 2 * state)
   return StepPlan(
+    mesh=dict(mesh.shape),
     memory=kinds,
     limit=topology.chip.memory if limit is None else limit,
     error=compiled.error,
@@ -131,6 +134,7 @@ def as_json(plan: StepPlan) -> dict[str, Any]:
   return {
     "fits": plan.fits,
     "error": plan.error,
+    "mesh": plan.mesh,
     "memory_bytes": plan.memory._asdict() | {"total": plan.memory.total},
     "limit_bytes": plan.limit,
     "necessary_flops": plan.necessary._asdict(),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-from crcm_jax.training import sharding
 from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training.plan._chips import Topology
 from crcm_jax.training.plan._plan import StepPlan
@@ -32,7 +31,7 @@ def report(
   if topology.chip.platform != "tpu":
     how = f"estimate: compiled for {topology.devices} fake CPU device(s)"
   lines = [
-    f"{stage.name}: {phase} step on {topology.name}, {_mesh(stage.mesh)}",
+    f"{stage.name}: {phase} step on {topology.name}, {_mesh(plan.mesh)}",
     f"  ({how}; all numbers are of one device)",
     *_memory(plan),
     *_operations(plan, topology),
@@ -40,7 +39,7 @@ def report(
     *_roofline(plan, topology),
   ]
   if not plan.fits:
-    lines.extend(_change(stage, change))
+    lines.extend(_change(stage, plan, change))
   return "\n".join(lines)
 
 
@@ -139,7 +138,9 @@ def _rate(peak: float) -> str:
   return decimal(peak, "FLOP/s")
 
 
-def _change(stage: Stage, change: Change | None) -> Iterator[str]:
+def _change(
+  stage: Stage, plan: StepPlan, change: Change | None
+) -> Iterator[str]:
   if change is None:
     yield "  No change of remat, fsdp or context was found to make it fit."
     return
@@ -149,7 +150,7 @@ def _change(stage: Stage, change: Change | None) -> Iterator[str]:
   settings += [
     f"mesh.{axis}={n}"
     for axis, n in change.mesh.items()
-    if n != stage.mesh.get(axis, 1)
+    if n != plan.mesh[axis]
   ]
   yield f"  smallest change that should make it fit: {', '.join(settings)}"
   yield (
@@ -159,5 +160,5 @@ def _change(stage: Stage, change: Change | None) -> Iterator[str]:
 
 
 def _mesh(mesh: Mapping[str, int]) -> str:
-  split = [f"{a}={mesh[a]}" for a in sharding.AXES if mesh.get(a, 1) > 1]
+  split = [f"{axis}={n}" for axis, n in mesh.items() if n > 1]
   return f"mesh {', '.join(split)}" if split else "one device"

@@ -59,12 +59,12 @@ def suggest(stage: Stage, phase: Phase, plan: StepPlan) -> Change | None:
   saved = functools.cache(lambda remat: saved_bytes(stage, phase, remat))
   now = stage.config["network"].get("remat")
   before = plan.memory.cache + plan.memory.activations
-  tokens = _token_devices(stage.mesh)
+  tokens = _token_devices(plan.mesh)
   rest = max(0.0, before * tokens - saved(now))
-  for remat, mesh in _changes(stage, now):
+  for remat, mesh in _changes(stage, plan.mesh, now):
     changed = with_changes(stage, remat, mesh)
     abstract = AbstractMesh(
-      tuple(mesh.get(axis, 1) for axis in sharding.AXES), sharding.AXES
+      tuple(mesh[axis] for axis in sharding.AXES), sharding.AXES
     )
     temporaries = (saved(remat) + rest) / _token_devices(mesh)
     given = arguments(changed, abstract)
@@ -86,7 +86,10 @@ def with_changes(
 
 
 def saved_bytes(stage: Stage, phase: Phase, remat: str | None) -> float:
-  """Returns what the backward pass finds saved, of all devices together."""
+  """Returns what the backward pass finds saved, of all devices together.
+
+  Of a batch in parts, one part is saved at a time.
+  """
   stage = with_changes(stage, remat, stage.mesh)
   objective = stage.objectives[phase]
 
@@ -108,7 +111,8 @@ def saved_bytes(stage: Stage, phase: Phase, remat: str | None) -> float:
     stage.dataset.shapes(),
     jax.eval_shape(stage.run_key),
   )
-  return float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(saved)))
+  sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(saved)]
+  return sum(sizes) / stage.loop.micro_batches
 
 
 def _roles(phase: Phase, state: TrainState, frozen: Any) -> tuple[Any, Any]:
@@ -121,10 +125,9 @@ def _roles(phase: Phase, state: TrainState, frozen: Any) -> tuple[Any, Any]:
 
 
 def _changes(
-  stage: Stage, now: str | None
+  stage: Stage, mesh: dict[str, int], now: str | None
 ) -> Iterator[tuple[str | None, dict[str, int]]]:
   """Lists changes, small ones first."""
-  mesh = {axis: stage.mesh.get(axis, 1) for axis in sharding.AXES}
   policies = _REMAT[_REMAT.index(now) + 1 :]
   moved = [_move(mesh, n) for n in _doublings(mesh["data"])]
   yield from ((remat, mesh) for remat in policies)
@@ -149,4 +152,4 @@ def _move(mesh: Mapping[str, int], n: int) -> dict[str, int]:
 
 
 def _token_devices(mesh: Mapping[str, int]) -> int:
-  return math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "context"))
+  return math.prod(mesh[axis] for axis in ("data", "fsdp", "context"))
