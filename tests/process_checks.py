@@ -2,13 +2,18 @@
 
   python process_checks.py PORT COUNT PROCESS SHARED OWN
 
-Prints what each check says, when configs differ and when workdirs do.
+Prints what each check says, when configs differ and when workdirs do, and which
+rows of a batch the process reads on meshes that mix the processes' devices.
 """
 
 import pathlib
 import sys
 
+import jax
+import numpy as np
+
 from crcm_jax import training
+from crcm_jax.training import sharding
 
 
 def main(port, count, process, shared, own):
@@ -19,10 +24,21 @@ def main(port, count, process, shared, own):
   same = {"seed": 0, "loop": {"keep": 2}}
   training.check_start(same, pathlib.Path(shared))
   print("SAME: passed")
+  _rows("MIXED", np.array([[0], [2], [1], [3]]))
+  _rows("SHARED", np.array([[0, 2], [1, 3]]))
   others = {"seed": process, "loop": {"keep": 2 + process}}
   _try("CONFIG", others, shared)
   _try("WORKDIR", same, own)
   _try("READ-ONLY", same, "/proc/none")
+
+
+def _rows(name, order):
+  """Reads rows of a batch; `order` holds the devices of data x context."""
+  devices = np.array(jax.devices())[order].reshape(len(order), 1, -1, 1)
+  mesh = jax.sharding.Mesh(devices, sharding.AXES)
+  rows = sharding.local_rows(mesh, 8)
+  batch = sharding.place_batch(np.array(rows), mesh)
+  print(f"{name}: {rows} of {sharding.fetch(batch).tolist()}")
 
 
 def _try(name, config, workdir):

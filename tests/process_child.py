@@ -44,6 +44,11 @@ def cannot_read():
   _checkpoints.Checkpoints._state = state
 
 
+def cannot_write():
+  """Lets this process fail to write a checkpoint."""
+  _checkpoints.Checkpoints.save = lambda *arguments, **settings: fail()
+
+
 class Batches:
   """Batches of which the third brings a mishap."""
 
@@ -63,10 +68,9 @@ class Batches:
 def main(mishap, process, *arguments):
   """Runs the command."""
   jax.config.update("jax_disable_most_optimizations", True)
-  if mishap == "cannot_read" and f"--process-id {process}" in " ".join(
-    arguments
-  ):
-    cannot_read()
+  if mishap.startswith("cannot"):
+    if f"--process-id {process}" in " ".join(arguments):
+      globals()[mishap]()
     mishap = "none"
   usual = _data.MovingDigits.batches
 

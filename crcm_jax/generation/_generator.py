@@ -198,7 +198,7 @@ def _pick(chunk: Float[Array, "b n h w c"], i: Array) -> Array:
   return lax.dynamic_slice_in_dim(chunk[:1], i, 1, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="vae", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="vae")
 def decode_to_bytes(
   vae: models.Vae,
   params: Params,

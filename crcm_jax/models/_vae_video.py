@@ -25,9 +25,9 @@ VaeCache: TypeAlias = Any
 """What the layers remember of a clip's earlier pieces, a pytree of arrays; its
 size depends on the size of a frame, not on the number of frames."""
 
-_chunk_jit = functools.partial(
-  jax.jit, static_argnames="vae", donate_argnames="cache"
-)
+# The cache is not donated: new frames would be written where old ones are yet
+# to be read, and XLA would copy the whole of it first.
+_chunk_jit = functools.partial(jax.jit, static_argnames="vae")
 _clip_jit = functools.partial(
   jax.jit, static_argnames=("vae", "tile", "overlap")
 )
@@ -46,8 +46,7 @@ def encode_chunk(
     vae: the network.
     params: its parameters.
     video: pixels in [-1, 1]: 4k + 1 frames that start a clip, or 4k more.
-    cache: what the frames before left behind, None at the start. It is
-      donated: call on a copy to come back to it.
+    cache: what the frames before left behind, None at the start.
 
   Returns:
     Latents, normalised, and the cache for the frames that follow.
@@ -75,8 +74,7 @@ def decode_chunk(
     vae: the network.
     params: its parameters.
     latents: any number of latent frames, normalised.
-    cache: what the latents before left behind, None at the start. It is
-      donated: call on a copy to come back to it.
+    cache: what the latents before left behind, None at the start.
 
   Returns:
     Pixels in [-1, 1], four frames a latent frame (one for a clip's first), and

@@ -75,7 +75,7 @@ class Wan(nn.Module):
     attention: the attention operation, `kernels.attention` or a form of it
       (sharded, say) with the same signature.
     place: `place(name, tree)` puts arrays on their devices: the "tokens" of
-      streams, the "patches" of a velocity, a "layer" of parameters, a "cache";
+      streams, the "patches" of latents, a "layer" of parameters, a "cache";
       `training.sharding` has one for a mesh. None leaves them.
 
   Example:
@@ -330,7 +330,7 @@ class Wan(nn.Module):
     end_time: Times | None = None,
   ) -> Stream:
     precision = self.config.precision(x.dtype)
-    patches = patchify(self._compute(x, x), self.config.patch)
+    patches = self._whole(patchify(self._compute(x, x), self.config.patch))
     tokens = self.patch_embedding(patches).astype(precision.residual)
     e = self.time_embedding(self._time_features(t, precision.island))
     if self.config.end_time:
@@ -369,10 +369,11 @@ class Wan(nn.Module):
   def _velocity(
     self, tokens: Float[Array, "b f p m"], e: Array, height: int
   ) -> Latents:
-    patches = self.head(tokens, e)
-    if self.place is not None:
-      patches = self.place("patches", patches)
+    patches = self._whole(self.head(tokens, e))
     return unpatchify(patches, self.config.patch, height=height)
+
+  def _whole(self, patches: Array) -> Array:
+    return patches if self.place is None else self.place("patches", patches)
 
   def _compute(self, a: Array, like: Array) -> Array:
     return a.astype(self.config.precision(like.dtype).compute)

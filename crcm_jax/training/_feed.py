@@ -5,7 +5,6 @@ checkpoint is that behind the batch handed out last, not behind the one that
 waits: a resumed run reads it again.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -20,6 +19,7 @@ _LOG = logging.getLogger(__name__)
 FIRST_NOTICE = 5.0
 """Seconds without data after which the log says so; again at twice as many."""
 
+_PATIENCE = 5.0  # seconds in which a thread must end, or it is left alone
 _POLL = 0.02  # seconds between two looks at whether the devices are idle
 
 
@@ -80,10 +80,10 @@ class Feed:
     """Ends the thread and, if it is not stuck, the iterator of batches."""
     self._wanted.put(False)
     if self._thread is not None:
-      self._thread.join(timeout=FIRST_NOTICE)
+      self._thread.join(timeout=_PATIENCE)
       if self._thread.is_alive():
         return
-    with contextlib.suppress(AttributeError):
+    if hasattr(self._batches, "close"):
       self._batches.close()
 
   def _read_ahead(self) -> None:

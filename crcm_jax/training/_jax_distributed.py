@@ -1,8 +1,8 @@
 """The few parts of JAX's distributed runtime that have no public name.
 
-JAX 0.10: how it finds the processes of a cluster, and the store of texts that
-its coordinator keeps for all of them. Between CPUs the collectives are gloo's,
-as is JAX's default.
+They are how JAX 0.10 and 0.11 find the processes of a cluster, and the store of
+texts that its coordinator keeps for all of them. Between CPUs the collectives
+are gloo's, as is JAX's default.
 """
 
 from collections.abc import Sequence
@@ -57,6 +57,11 @@ class Store:
 
   def __init__(self):
     self._client: Any = distributed.global_state.client
+    if self._client is None:
+      raise RuntimeError(
+        "several processes need `crcm_jax.training.initialize()`, before"
+        " anything uses a device."
+      )
 
   def put(self, name: str, text: str) -> None:
     """Writes a text; a name is written once."""

@@ -96,7 +96,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   frozen = sharding.place(frozen, sharding.shard(frozen, mesh, stage.rules))
 
   first = int(state.step)
-  _describe(stage, workdir, like)
+  _describe(stage, workdir, like, frozen)
   writer = _open_writers(stage, workdir, first)
   meter = _meter(stage, mesh)
   run = _Run(stage, checkpoints, writer, _latest(workdir), meter)
@@ -107,9 +107,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
     run.closing(),
     _stop_signal() as asked,
     _bar(stage, first) as bar,
-    contextlib.closing(
-      Feed(batches, place, meter, bar.set_postfix_str)
-    ) as feed,
+    Feed(batches, place, meter, bar.set_postfix_str) as feed,
   ):
     stop = _processes.AnyProcess(asked)
     for step in range(first + 1, stage.steps + 1):
@@ -256,13 +254,16 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
   )
 
 
-def _describe(stage: Stage, workdir: pathlib.Path, like: TrainState) -> None:
+def _describe(
+  stage: Stage, workdir: pathlib.Path, like: TrainState, frozen: Any
+) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
   if _processes.is_first_process():
     path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
-  placed = sharding.describe(jax.tree.map(lambda a: a.sharding, like))
+  arrays = (like, frozen)
+  placed = sharding.describe(jax.tree.map(lambda a: a.sharding, arrays))
   _LOG.info(
     "%s: %d parameters; %s; config in %s, hash %s",
     *(stage.name, parameters, placed, path, config_hash(stage.config)),

@@ -27,9 +27,9 @@ def fill(sizes: Mapping[str, int | None], devices: int) -> dict[str, int]:
   if math.prod(filled.values()) != devices or not rest:
     product = " x ".join(f"{axis} {n}" for axis, n in given.items())
     raise ValueError(
-      f"`mesh` must multiply to the {devices} devices; got {product} ="
-      f" {used}. Change one of {', '.join(AXES)}, leave `data` out to take the"
-      " devices that the others leave, or set `mesh.devices` to use fewer."
+      f"`mesh` must multiply to the number of devices, {devices}; got {product}"
+      f" = {used}. Change one of {', '.join(AXES)}, set `mesh.data` to None to"
+      " take the devices that the others leave, or `mesh.devices` to use fewer."
     )
   return filled
 
@@ -64,11 +64,11 @@ def check_tokens(mesh: Mapping[str, int], tokens: int) -> None:
   """Raises ValueError if the tokens of a frame do not divide by context."""
   n = mesh["context"]
   if tokens % n:
-    fit = [m for m in range(n, 0, -1) if tokens % m == 0]
+    fits = max(m for m in range(1, n) if tokens % m == 0)
     raise ValueError(
       f"`mesh.context` must divide the {tokens} tokens of a latent frame, of"
-      f" which each device holds an equal part; got {n}. Set it to {fit[0]} or"
-      " less that divides, or crop the frames."
+      f" which each device holds an equal part; got {n}. {fits} divides them;"
+      " give the other devices to `mesh.fsdp`."
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from crcm_jax import kernels
 from crcm_jax._typing import Array, Float, Int
@@ -38,7 +38,7 @@ from crcm_jax.training._mesh_checks import (
   check_tokens,
   splits_batch,
 )
-from crcm_jax.training._rules import BATCH
+from crcm_jax.training._rules import AnyMesh, BATCH
 
 _PATCHES, _HEADS = 2, 3  # axes of [b f p n d]
 
@@ -60,7 +60,7 @@ class ParallelAttention:
     (1, 3, 4, 2, 8)
   """
 
-  mesh: Mesh
+  mesh: AnyMesh
   attention: Callable[..., Array] = kernels.attention
 
   def __call__(

@@ -5,9 +5,10 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from crcm_jax.training._rules import (
+  AnyMesh,
   CACHE_BY_HEADS,
   CACHE_BY_TOKENS,
   Rules,
@@ -26,11 +27,11 @@ class Placement:
     rules: for the paths `tokens` and `cache/past/keys`, ....
   """
 
-  mesh: Mesh
+  mesh: AnyMesh
   rules: Rules
 
   @classmethod
-  def for_heads(cls, mesh: Mesh, heads: int) -> "Placement":
+  def for_heads(cls, mesh: AnyMesh, heads: int) -> "Placement":
     """Returns the placement of a network with so many heads."""
     over = mesh.shape["tensor"] * mesh.shape["context"]
     by_heads = heads % over == 0
@@ -56,7 +57,7 @@ class Placement:
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
-def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+def size_of(mesh: AnyMesh, axes: Any) -> int:
   """Returns the devices along the axis or axes of one dimension."""
   names = (axes,) if isinstance(axes, str) else axes or ()
   return math.prod(mesh.shape[name] for name in names)

@@ -193,6 +193,7 @@ def ending_together() -> Iterator[None]:
   watch.start()
   try:
     yield
+    wait_for_all()  # JAX's own end waits for minutes only.
   except BaseException as error:
     if not _jax_distributed.Store().meet("all raise", _PATIENCE):
       traceback.print_exception(error)

@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 """The axes that split examples."""
 
 Axes: TypeAlias = Sequence[str | Sequence[str] | None]
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 Rules: TypeAlias = Sequence[tuple[str, Axes]]
 """Pairs of a regular expression and the mesh axes of each dimension."""
 
@@ -51,7 +52,7 @@ ROLES: Mapping[str, str] = {
 
 _ACTIVATIONS: Rules = (
   ("tokens.*", (BATCH, None, "context")),
-  ("patches", (BATCH,)),
+  ("patches", (BATCH,)),  # latents are small, and whole
   # A layer's parameters, gathered from `fsdp` as it begins.
   (f"layer/({_IN_COLUMNS})/kernel", (None, "tensor")),
   (f"layer/({_IN_ROWS})/kernel", ("tensor",)),

@@ -14,7 +14,6 @@ to checkpoints while the state is copied away from them, and to samples.
 import contextlib
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -26,17 +25,20 @@ from crcm_jax.training._stages import Phase
 Loss: TypeAlias = Literal["data", "checkpoints", "samples"]
 """What time is lost to."""
 
-PEAK_FLOPS = (
-  ("H100 PCIe", 756e12),
-  ("H100|H200|GH200", 989e12),
-  ("B200|GB200", 2250e12),
-  ("A100", 312e12),
-  ("TPU v6|TPU v6e", 918e12),
-  ("TPU v5 ?lite|TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v4", 275e12),
-)
-"""Peak FLOP/s of dense bfloat16 products by the kind of device; first match."""
+PEAK_FLOPS = {
+  "H100 PCIe": 756e12,
+  "H100": 989e12,
+  "H200": 989e12,
+  "B200": 2250e12,
+  "A100": 312e12,
+  "TPU v6": 918e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v4": 275e12,
+}
+"""Peak FLOP/s of dense bfloat16 products by a part of the device's kind; the
+first that fits holds."""
 
 _GIB = 2**30
 
@@ -51,10 +53,8 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3")
     989000000000000.0
   """
-  for pattern, peak in PEAK_FLOPS:
-    if re.search(pattern, device_kind):
-      return peak
-  return None
+  fitting = (peak for part, peak in PEAK_FLOPS.items() if part in device_kind)
+  return next(fitting, None)
 
 
 class Meter:

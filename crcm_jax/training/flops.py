@@ -83,9 +83,27 @@ def count(
     >>> count(lambda a: a @ a.T, a)
     Flops(matmul=72.0, attention=0.0)
   """
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _of_jaxpr(live, run_time or RunTime())
+  return _of_jaxpr(_live(function, *args), run_time or RunTime(), _operations)
+
+
+def moved(
+  function: Callable[..., Any], *args: Any, run_time: RunTime | None = None
+) -> float:
+  """Counts the bytes that products and attention read and write.
+
+  Every operation reads its operands and writes its results once, and what is
+  done element by element hides in them: no program moves much less.
+
+  Args:
+    function: what to trace, as for `count`.
+    *args: arrays or their shapes.
+    run_time: as for `count`.
+
+  Returns:
+    Bytes, on all devices together.
+  """
+  live = _live(function, *args)
+  return _of_jaxpr(live, run_time or RunTime(), _bytes).total
 
 
 def step(stage: Stage, phase: Phase = "student") -> Flops:
@@ -145,22 +163,42 @@ def run_time_of(stage: Stage) -> RunTime:
   return RunTime(trips=float(steps.mean()) - 1, context=seen)
 
 
-def _of_jaxpr(jaxpr: Any, run_time: RunTime) -> Flops:
-  parts = [_of_equation(eqn, run_time) for eqn in jaxpr.eqns]
+def _live(function: Callable[..., Any], *args: Any) -> Any:
+  """The traced function without its dead code."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _of_jaxpr(jaxpr: Any, run_time: RunTime, measure: Any) -> Flops:
+  parts = [_of_equation(eqn, run_time, measure) for eqn in jaxpr.eqns]
   return _sum(parts)
 
 
-def _of_equation(eqn: Any, run_time: RunTime) -> Flops:
+def _of_equation(eqn: Any, run_time: RunTime, measure: Any) -> Flops:
   name = eqn.primitive.name
-  if name in _PRODUCTS:
-    return Flops(matmul=float(_PRODUCTS[name](eqn)))
-  if name in _ATTENTION:
-    return Flops(attention=float(_attention(eqn, run_time.context)))
-  parts = [_of_jaxpr(jaxpr, run_time) for jaxpr in _inner(eqn)]
+  if name in _PRODUCTS or name in _ATTENTION:
+    return measure(eqn, run_time)
+  parts = [_of_jaxpr(jaxpr, run_time, measure) for jaxpr in _inner(eqn)]
   if name == "cond":
     return max(parts, key=lambda part: part.total)
   times = _times(eqn, run_time)
   return Flops(*(times * part for part in _sum(parts)))
+
+
+def _operations(eqn: Any, run_time: RunTime) -> Flops:
+  name = eqn.primitive.name
+  if name in _PRODUCTS:
+    return Flops(matmul=float(_PRODUCTS[name](eqn)))
+  return Flops(attention=float(_attention(eqn, run_time.context)))
+
+
+def _bytes(eqn: Any, run_time: RunTime) -> Flops:
+  del run_time  # A cache counts as if it were full.
+  arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+  total = float(sum(a.size * a.dtype.itemsize for a in arrays))
+  if eqn.primitive.name in _PRODUCTS:
+    return Flops(matmul=total)
+  return Flops(attention=total)
 
 
 def _sum(parts: list[Flops]) -> Flops:

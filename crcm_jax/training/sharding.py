@@ -190,9 +190,12 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def describe(shardings: Any) -> str:
-  """Returns a line for each way of sharding: how many arrays have it."""
+  """Returns the mesh, and how many arrays are split in each way."""
+  leaves = jax.tree.leaves(shardings)
+  mesh = " x ".join(f"{axis} {n}" for axis, n in leaves[0].mesh.shape.items())
   counts: dict[str, int] = {}
-  for leaf in jax.tree.leaves(shardings):
+  for leaf in leaves:
     spec = str(tuple(leaf.spec)) if any(leaf.spec) else "replicated"
     counts[spec] = counts.get(spec, 0) + 1
-  return ", ".join(f"{n} arrays {spec}" for spec, n in counts.items())
+  arrays = ", ".join(f"{n} arrays {spec}" for spec, n in counts.items())
+  return f"mesh {mesh}: {arrays}"

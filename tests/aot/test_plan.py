@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from crcm_jax import training
 from crcm_jax.training import plan
@@ -16,6 +17,7 @@ def _cache_again():
   """`prepare` turns the cache of compiled programs off."""
   yield
   jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
 
 
 def test_a_step_of_the_digits_on_four_chips():
@@ -39,8 +41,6 @@ def test_a_step_of_the_digits_on_four_chips():
   )
   assert reduced >= parameters
   assert found.roofline.step > 0
-  tight = plan.plan_step(stage, "student", topology, limit=2.0**20)
-  assert not tight.fits
 
 
 def test_libtpu_names_shapes_it_does_not_know():

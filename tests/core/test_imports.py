@@ -80,6 +80,9 @@ def test_the_maths_imports_neither_flax_nor_optax(part):
 
 
 def test_no_private_jax():
+  # JAX has no public name for the processes of a cluster, nor for the store of
+  # its coordinator; Orbax takes them from the same place.
+  allowed = PACKAGE / "training" / "_jax_distributed.py"
   for folder in (PACKAGE, ROOT / "kernels"):
     for path in folder.rglob("*.py"):
-      assert "jax._src" not in path.read_text(), path
+      assert path == allowed or "jax._src" not in path.read_text(), path

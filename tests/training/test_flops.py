@@ -11,7 +11,7 @@ import tiny_wan
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from crcm_jax import ChunkPattern, kernels, models, training
+from crcm_jax import kernels, models, training
 from crcm_jax.training import flops
 
 A = jnp.ones((3, 4))
@@ -184,7 +184,15 @@ def test_a_cache_counts_as_far_as_it_is_filled():
   assert part.attention == pytest.approx(PRODUCT * 2 * (S * S / 3 + S * S))
 
 
-FRAMES, PATTERN = 3, ChunkPattern(1, 2)
+def test_what_products_and_attention_move():
+  five = lambda a: lax.scan(lambda a, _: (product(a), None), a, length=5)[0]
+  assert flops.moved(five, A) == 5 * 4 * (A.size + SQUARE.size + A.size)
+  assert flops.moved(jnp.sin, A) == 0
+  lse = B * N * S
+  assert flops.moved(attend, Q, Q, Q) == 4 * (6 * Q.size + lse)
+
+
+FRAMES = 3
 
 
 def wan_by_hand(config, batch):

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import logging
 import os
+import re
 import signal
 
 import jax
@@ -56,9 +58,13 @@ def test_the_workdir_tells_all_about_the_run(folders):
   assert len(list((workdir / "samples").glob("*_0000004.gif"))) == 2
 
 
-def test_speed_and_samples_have_files_of_their_own(folders):
+def test_speed_and_samples_have_files_of_their_own(folders, caplog):
   stage = tiny.stage(loop=dict(sample_every=2))
-  _loop.train_stage(stage, folders)
+  with caplog.at_level(logging.INFO, logger="crcm_jax"):
+    _loop.train_stage(stage, folders)
+  assert re.search(
+    r"diffusion: 4 steps in .* tokens/s; lost .* s to samples", caplog.text
+  )
   workdir = folders.experiment / "diffusion"
   speed = _writers.read_metrics(workdir / "speed.jsonl")
   assert [row["step"] for row in speed] == [1, 2, 3, 4]
@@ -112,6 +118,34 @@ def test_the_loops_settings_reach_the_reader(folders):
   assert stage.dataset.reading == Reading(workers=2, max_bad=3)
   with pytest.raises(ValueError, match=r"`workers` must not be negative"):
     tiny.stage(loop=dict(data_workers=-1))
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing_that_is_computed(tmp_path):
+  """Two real ones; a run goes on without them where they left it."""
+  pytest.importorskip("tensorflow_datasets")
+  network = tiny.config()["network"] | dict(
+    in_channels=16, out_channels=16, text_width=32, text_length=8
+  )
+  settings = dict(
+    network=network,
+    data=dict(
+      name="moving_digits", batch_size=2, frames=2, train_clips=8, test_clips=1
+    ),
+  )
+  states = []
+  for name, runs in (("alone", [(0, 4)]), ("helped", [(2, 2), (0, 4)])):
+    folders = _loop.Folders(tmp_path / name, tmp_path / "data")
+    for workers, steps in runs:
+      loop = dict(checkpoint_every=2, tensorboard=False, data_workers=workers)
+      config = tiny.config(**settings, loop=loop)
+      config["diffusion"] = tiny.DIFFUSION | dict(steps=steps)
+      stage = _experiment.read_experiment(config).stages["diffusion"]
+      state = _loop.train_stage(stage, folders)
+    states.append((state, lines(folders)))
+  (alone, written), (helped, written_too) = states
+  assert_same(alone, helped)
+  assert written == written_too
 
 
 def test_another_config_in_the_workdir_is_refused(folders):

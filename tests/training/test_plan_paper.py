@@ -5,6 +5,7 @@ Table 3: stage 1 in both sizes, stages 2 and 3 with teachers of 14B.
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from crcm_jax import training
 from crcm_jax.training import plan
@@ -17,6 +18,7 @@ def _cache_again():
   """`prepare` turns the cache of compiled programs off."""
   yield
   jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ CONFIG = str(processes.HERE / "process_config.py")
 class Runs:
   """Runs of `crcm train` in a folder of a test."""
 
-  def __init__(self, folder):
-    self.folder = folder
+  def __init__(self, folder, data):
+    self.folder, self.data = folder, data
 
   def words(self, name, stages, settings):
     return [
       *("--config", f"{CONFIG}:{stages}", "--workdir", self.folder / name),
-      *("--data_dir", self.folder / "data"),
+      *("--data_dir", self.data),
       *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
 
@@ -58,12 +58,12 @@ class Runs:
     names = [key for key in rows[-1] if key.endswith("loss")]
     return {name: [row.get(name, np.nan) for row in rows] for name in names}
 
-  def assert_same(self, name, expected, stage="diffusion"):
+  def assert_same(self, name, expected, stage="diffusion", steps=6):
     """Asserts equal losses, to the rounding of sums in another order."""
-    a, b = self.losses(name, stage), self.losses(expected, stage)
-    assert a.keys() == b.keys()
-    for key, values in a.items():
-      np.testing.assert_allclose(values, b[key], rtol=1e-5)
+    losses = self.losses(name, stage)
+    assert losses.keys() == expected.keys()
+    for key, values in losses.items():
+      np.testing.assert_allclose(values, expected[key][:steps], rtol=1e-5)
 
 
 def _dotted(settings):
@@ -71,13 +71,25 @@ def _dotted(settings):
 
 
 @pytest.fixture
-def runs(tmp_path, restore_logging):
-  return Runs(tmp_path)
+def runs(tmp_path, data_dir, restore_logging):
+  return Runs(tmp_path, data_dir)
 
 
-def test_two_processes_train_as_one_and_stop_together(runs):
-  """A signal to one; the other saves too, and a lone process goes on."""
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir):
+  """The losses of a lone process that is never stopped."""
+  runs = Runs(tmp_path_factory.mktemp("whole"), data_dir)
   assert runs.alone("whole") == 0
+  return runs.losses("whole")
+
+
+def test_two_processes_train_as_one_and_stop_together(runs, whole):
+  """A signal to one; the other saves too, and a lone process goes on."""
   ended = runs.together(
     2, "run", mesh__data=2, mishap=("terminate", 1), diffusion__steps=5
   )
@@ -86,11 +98,9 @@ def test_two_processes_train_as_one_and_stop_together(runs):
     assert "was stopped and saved at step 4" in one.output
   checkpoint = runs.folder / "run" / "diffusion" / "checkpoints" / "4"
   assert len(list(checkpoint.glob("state/ocdbt.process_*"))) == 2
-  assert runs.losses("run")["student/loss"] == pytest.approx(
-    runs.losses("whole")["student/loss"][:4], rel=1e-5
-  )
+  runs.assert_same("run", whole, steps=4)
   assert runs.alone("run") == 0
-  runs.assert_same("run", "whole")
+  runs.assert_same("run", whole)
 
 
 def test_processes_that_disagree_all_say_so(tmp_path):
@@ -99,11 +109,16 @@ def test_processes_that_disagree_all_say_so(tmp_path):
     [
       ("process_checks.py", port, 2, i, tmp_path / "run", tmp_path / f"run{i}")
       for i in range(2)
-    ]
+    ],
+    devices=2,
   )
+  batch = list(range(8))
+  assert f"MIXED: (0, 1, 4, 5) of {batch}" in ended[0].output
+  assert f"MIXED: (2, 3, 6, 7) of {batch}" in ended[1].output
   for one in ended:
     assert one.code == 0
     assert "SAME: passed" in one.output
+    assert f"SHARED: {tuple(batch)} of {batch}" in one.output
     assert re.search(
       r"CONFIG: ValueError: all processes must run the same config .* process 1"
       r" on \S+ \(config hash \w{12}\) differs from process 0 on \S+ \(\w{12}\)"
@@ -124,8 +139,7 @@ def test_processes_that_disagree_all_say_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_then_two_then_one_on_other_meshes(runs):
-  assert runs.alone("whole") == 0
+def test_four_processes_then_two_then_one_on_other_meshes(runs, whole):
   for one in runs.together(4, "run", mesh__data=4, diffusion__steps=2):
     assert one.code == 0
   folder = runs.folder / "run" / "diffusion" / "checkpoints" / "2" / "state"
@@ -133,16 +147,15 @@ def test_four_processes_then_two_then_one_on_other_meshes(runs):
   for one in runs.together(2, "run", mesh__fsdp=2, diffusion__steps=4):
     assert one.code == 0
   assert runs.alone("run") == 0
-  runs.assert_same("run", "whole")
+  runs.assert_same("run", whole)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_process_is_continued_by_four(runs):
-  assert runs.alone("whole") == 0
+def test_a_checkpoint_of_one_process_is_continued_by_four(runs, whole):
   assert runs.alone("run", diffusion__steps=3) == 0
   for one in runs.together(4, "run", mesh__data=2, mesh__fsdp=2):
     assert one.code == 0
-  runs.assert_same("run", "whole")
+  runs.assert_same("run", whole)
 
 
 @pytest.mark.slow
@@ -153,27 +166,36 @@ def test_two_stages_with_two_devices_a_process(runs):
   for one in runs.together(2, "run", stages, devices=2, mesh__fsdp=4):
     assert one.code == 0
   for stage in ("diffusion", "matching"):
-    runs.assert_same("run", "whole", stage)
+    runs.assert_same("run", runs.losses("whole", stage), stage)
   assert {"student/loss", "critic/loss"} == set(runs.losses("run", "matching"))
 
 
 @pytest.mark.slow
-def test_processes_may_hold_the_same_examples(runs):
+def test_processes_may_hold_the_same_examples(runs, whole):
   """Along `context` they do; then both read all of a batch."""
-  assert runs.alone("whole", diffusion__steps=3) == 0
   ended = runs.together(
     2, "run", mesh__context=2, diffusion__steps=3, loop__sample_every=3
   )
   for one in ended:
     assert one.code == 0
-  runs.assert_same("run", "whole")
+  runs.assert_same("run", whole, steps=3)
   samples = runs.folder / "run" / "diffusion" / "samples"
   assert len(list(samples.glob("*.gif"))) == 4
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all(runs):
-  first, second = runs.together(2, "run", mesh__data=2, mishap=("fail", 1))
+def test_a_signal_at_the_last_step_stops_all(runs):
+  for one in runs.together(
+    2, "run", mesh__data=2, diffusion__steps=3, mishap=("terminate", 0)
+  ):
+    assert one.code in (0, 143)
+    assert "was stopped and saved at step 3" in one.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mishap", ["fail", "cannot_write"])
+def test_an_error_of_one_process_ends_all(runs, mishap):
+  first, second = runs.together(2, "run", mesh__data=2, mishap=(mishap, 1))
   assert (first.code, second.code) == (1, 1)
   assert "OSError: [Errno 28] No space left on device" in second.output
   message = (
@@ -194,14 +216,15 @@ def test_the_death_of_one_process_ends_the_other(runs, victim):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(runs):
-  assert runs.alone("whole") == 0
+def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(
+  runs, whole
+):
   assert runs.alone("run") == 0
   ended = runs.together(2, "run", mesh__data=2, mishap=("cannot_read", 1))
   assert [one.code for one in ended] == [0, 0]
   assert "checkpoint of step 6" in ended[0].output
   assert "goes on from step 3" in ended[0].output
-  runs.assert_same("run", "whole")
+  runs.assert_same("run", whole)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
-from crcm_jax.training import sharding
+from crcm_jax import kernels, models, training
+from crcm_jax.training import _mesh_checks, _networks, _rules, sharding
 
 TREE = {"blocks": {"kernel": jnp.zeros((2, 4, 4)), "bias": jnp.zeros(4)}}
 RULES = ((".*/kernel", (None, "fsdp", "tensor")), (".*", ()))
@@ -12,7 +14,10 @@ def test_the_first_rule_that_matches_decides():
   placed = sharding.shard(TREE, sharding.make_mesh(), RULES)["blocks"]
   assert tuple(placed["kernel"].spec) == (None, "fsdp", "tensor")
   assert tuple(placed["bias"].spec) == ()
-  text = "1 arrays replicated, 1 arrays (None, 'fsdp', 'tensor')"
+  text = (
+    "mesh data 1 x fsdp 1 x context 1 x tensor 1: 1 arrays replicated, 1 arrays"
+    " (None, 'fsdp', 'tensor')"
+  )
   assert sharding.describe(placed) == text
 
 
@@ -38,9 +43,32 @@ def test_rules_must_fit_and_match_every_leaf():
     sharding.shard(TREE, mesh, ((".*", (None, "fsdp")),))
 
 
-def test_a_mesh_has_no_more_devices_than_there_are():
-  with pytest.raises(ValueError, match=rf"at most {len(jax.devices())} devi"):
+def test_an_axis_left_out_takes_the_devices_that_the_others_leave():
+  sizes = dict(data=None, fsdp=2, context=2, tensor=1)
+  filled = dict(data=2, fsdp=2, context=2, tensor=1)
+  assert _mesh_checks.fill(sizes, 8) == filled
+  assert sharding.make_mesh().shape == dict.fromkeys(sharding.AXES, 1)
+
+
+@pytest.mark.parametrize("data", [3, 16, None])
+def test_a_mesh_must_multiply_to_the_devices(data):
+  sizes = dict(data=data, fsdp=3, context=1, tensor=1)
+  message = (
+    r"`mesh` must multiply to the number of devices, 8; got .*fsdp 3 x context"
+    r" 1 x tensor 1 = .*`mesh.data` to None .* or `mesh.devices` to use fewer"
+  )
+  with pytest.raises(ValueError, match=message):
+    _mesh_checks.fill(sizes, 8)
+
+
+def test_a_mesh_has_only_devices_that_there_are():
+  there = len(jax.devices())
+  with pytest.raises(ValueError, match=rf"number of devices, {there}; got dat"):
     sharding.make_mesh(data=512)
+  with pytest.raises(ValueError, match=rf"between 1 and {there}, .* got 512"):
+    sharding.make_mesh(devices=512)
+  with pytest.raises(ValueError, match=r"`mesh.fsdp` must be at least 1 dev"):
+    sharding.make_mesh(fsdp=0)
 
 
 def test_a_lone_process_reads_all_rows():
@@ -53,3 +81,92 @@ def test_what_is_placed_can_be_fetched():
   tree = sharding.place(TREE, placed)
   assert jax.tree.map(lambda a: a.sharding, tree) == placed
   assert sharding.fetch(tree["blocks"]["kernel"]).shape == (2, 4, 4)
+
+
+WAN = models.WAN_1_3B
+VIDEO = (8, 21, 60, 104, 16)  # 1,560 tokens a frame
+
+
+@pytest.mark.parametrize(
+  ("mesh", "message"),
+  [
+    (
+      dict(data=4, fsdp=4),
+      r"`data.batch_size` must divide by .* 4 x 4 = 16; got 8. Change the batc",
+    ),
+    (
+      dict(tensor=8),
+      r"`mesh.tensor` must divide the 12 heads of the network; got 8. Give the",
+    ),
+    (
+      dict(context=16),
+      r"`mesh.context` must divide the 1560 tokens of a latent frame.*got 16. 1"
+      r"5 divides them; give the other",
+    ),
+  ],
+)
+def test_sizes_must_divide_by_their_devices(mesh, message):
+  whole = dict.fromkeys(sharding.AXES, 1)
+  sharding.check_stage(whole | dict(data=8, context=8), WAN, VIDEO)
+  with pytest.raises(ValueError, match=message):
+    sharding.check_stage(whole | mesh, WAN, VIDEO)
+
+
+def test_a_stage_is_checked_before_anything_is_compiled(tmp_path):
+  stage = tiny.stage(mesh=dict(data=3))
+  folders = training.Folders(tmp_path, tmp_path)
+  with pytest.raises(ValueError, match=r"`mesh` must multiply to the num"):
+    training.train_stage(stage, folders)
+  assert not list(tmp_path.iterdir())
+
+
+def spec(name, setting):
+  rules = sharding.read_rules(setting)
+  return tuple(_rules.spec_of(name, rules))
+
+
+def test_rules_split_the_layers_of_a_wan_and_what_follows_them():
+  shapes = _networks.param_shapes(tiny.stage().model)
+  tree = {"student": shapes, "student_opt_state": {"mu": shapes}, "ema": shapes}
+  placed = sharding.shard(tree, sharding.make_mesh(), sharding.WAN_RULES)
+  kernels = [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(a.spec))
+    for path, a in jax.tree.leaves_with_path(placed)
+  ]
+  split = {name for name, axes in kernels if "fsdp" in axes}
+  assert split == {n for n, _ in kernels if "/blocks/" in n and "kernel" in n}
+  assert len(split) == 3 * 10
+
+
+def test_each_role_may_have_rules_of_its_own():
+  own = dict(real=((".*kernel", ("data",)), (".*", ())), fake="replicated")
+  name = "blocks/ffn/up/kernel"
+  assert spec(f"real/{name}", own) == ("data",)
+  assert spec(f"fake_opt_state/0/mu/{name}", own) == ()
+  for role in ("student", "ema", "student_opt_state/0/mu", "teacher"):
+    assert spec(f"{role}/{name}", own) == (None, "fsdp", "tensor")
+  assert spec("skipped", own) == ()
+  with pytest.raises(ValueError, match=r"name one of \['student', 'fake', "):
+    sharding.read_rules(dict(critic="wan"))
+  with pytest.raises(ValueError, match=r"one of \['replicated', 'wan'\]; got"):
+    sharding.read_rules("wann")
+
+
+def test_a_mask_must_keep_frames_whole():
+  mesh = jax.sharding.AbstractMesh((1, 1, 4, 1), sharding.AXES)
+  attention = sharding.ParallelAttention(mesh)
+  q = jax.ShapeDtypeStruct((1, 2, 8, 2, 4), jnp.float32)
+  mask = kernels.BlockMask.block_causal((0, 4, 16))
+  with pytest.raises(ValueError, match=r"rows of whole frames, of 8 tok"):
+    jax.eval_shape(lambda q: attention(q, q, q, mask=mask), q)
+  with pytest.raises(ValueError, match=r"must all have the token axes \[f p\]"):
+    jax.eval_shape(lambda q: attention(q[:, 0], q, q), q)
+
+
+def test_a_cache_lies_by_heads_where_they_divide():
+  mesh = jax.sharding.AbstractMesh((1, 1, 4, 2), sharding.AXES)
+  past = "cache/past/keys"
+  for heads, axes in ((16, (None, None, ("tensor", "context"))), (12, None)):
+    rules = sharding.Placement.for_heads(mesh, heads).rules
+    axes = axes or (None, "context", "tensor")
+    assert tuple(_rules.spec_of(past, rules))[2:] == axes

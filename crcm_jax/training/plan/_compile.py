@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -72,6 +73,7 @@ def prepare(topology: Topology) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Without its chip, a TPU program cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # What it decided before holds no more.
   try:
     jax.config.update("jax_platforms", "cpu")
     if topology.chip.platform != "tpu":

@@ -93,6 +93,7 @@ def plan_step(
   mesh = _compile.make_mesh(topology, stage.mesh)
   given = _compile.arguments(stage, mesh)
   compiled = _compile.compile_step(stage, phase, mesh)
+  kinds = memory(stage, given, mesh.shape, compiled.temporaries or 0.0)
   run_time = flops.run_time_of(stage)
   step = stage.train_steps()[phase]
   total = flops.count(step, *given, run_time=run_time)
@@ -100,8 +101,13 @@ def plan_step(
   moved = None
   if compiled.text:
     moved = traffic(compiled.text, trips=run_time.trips)
+    if topology.chip.platform == "gpu":
+      # What a CPU's program moves says nothing of fused kernels.
+      products = flops.moved(step, *given, run_time=run_time) / mesh.size
+      state = kinds.parameters + kinds.optimizer + kinds.ema
+      moved = dataclasses.replace(moved, memory=products + 2 * state)
   return StepPlan(
-    memory=memory(stage, given, mesh.shape, compiled.temporaries or 0.0),
+    memory=kinds,
     limit=topology.chip.memory if limit is None else limit,
     error=compiled.error,
     necessary=flops.step(stage, phase),

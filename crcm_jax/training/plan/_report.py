@@ -48,7 +48,7 @@ def size(n: float) -> str:
   """Returns bytes in the unit that suits them.
 
   Example:
-    >>> size(1536)
+    >>> size(1536.0)
     '1.50 KiB'
   """
   power = 0
@@ -114,7 +114,7 @@ def _roofline(plan: StepPlan, topology: Topology) -> Iterator[str]:
   yield _line(
     "memory",
     _seconds(parts.memory),
-    f" for {decimal(plan.traffic.memory, 'B')}, {plan.intensity:.0f}"
+    f" for {decimal(plan.traffic.memory, 'B')}, {plan.intensity:.1f}"
     f" operations a byte (the chip's: {chip.peak / chip.bandwidth:.0f})",
   )
   yield _line(
