@@ -2,9 +2,9 @@
 
 What `train_step.py` and `scaling.py` share. A step is the one that `crcm
 train` runs: `training.make_train_step` on the objective of
-`experiments/configs/paper.py`, bfloat16 compute, float32 parameters, moments
-and average, frozen networks in bfloat16, the state donated. Only the
-parameters and the data are drawn at random.
+`experiments/configs/paper.py`: bfloat16 compute, float32 masters, moments and
+average, a bfloat16 working copy, frozen networks in bfloat16, the state
+donated. Only the parameters and the data are drawn at random.
 """
 
 import concurrent.futures
@@ -68,7 +68,7 @@ class Case:
     pattern: frames of the first and of each later chunk.
     batch: videos of a step, on all devices together.
     mesh: devices along each axis.
-    remat: policy of the trained network.
+    remat: what a layer keeps, a name in `models.REMAT_POLICIES`.
     tiny: whether to shrink everything, to see that it runs.
   """
 
@@ -77,7 +77,7 @@ class Case:
   pattern: tuple[int, int] = (1, 1)
   batch: int = 1
   mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-  remat: str = "attention"
+  remat: str = "outputs"
   tiny: bool = False
 
   def __str__(self) -> str:
@@ -149,6 +149,12 @@ class Row:
     video = video_of(stage_of(self.case))
     return self.case.batch * video.frames * video.tokens / self.median_s
 
+  @property
+  def lacks_memory(self) -> bool:
+    """Whether it failed for want of memory."""
+    signs = ("does not fit", "RESOURCE_EXHAUSTED", "out of memory")
+    return any(sign in (self.error or "") for sign in signs)
+
   def as_dict(self) -> dict[str, Any]:
     """Everything, for a file."""
     derived = {}
@@ -181,6 +187,7 @@ def stage_of(case: Case) -> training.Stage:
   config["network"] |= tiny.get("network", {}) | dict(remat=case.remat)
   config["data"] |= tiny.get("data", {})
   config["mesh"] |= case.mesh
+  config["working_copy"] = True
   config[name]["data"] = dict(batch_size=case.batch)
   return training.read_experiment(config).stages[name]
 
@@ -280,15 +287,11 @@ def np_prod(numbers: Iterable[int]) -> int:
 def program_of(case: Case) -> Program:
   """Builds a step and the shapes of its arguments; computes nothing."""
   mesh = mesh_of(case)
-  stage = on_mesh(stage_of(case), mesh)
+  stage = stage_of(case).on(mesh)
   _, phase = STEPS[case.name]
   place = lambda tree: _placed(tree, sharding.shard(tree, mesh, stage.rules))
-  params = stage.state_shapes().student
-  low = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params
-  )
   state = place(stage.state_shapes())
-  frozen = place(dict.fromkeys(stage.kind.frozen, low))
+  frozen = place(stage.frozen_shapes())
   over_batch = sharding.batch_sharding(mesh)
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=over_batch),
@@ -313,12 +316,6 @@ def mesh_of(case: Case) -> jax.sharding.Mesh:
     axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
     devices=jax.devices()[: np_prod(shape)],
   )
-
-
-def on_mesh(stage: training.Stage, mesh: jax.sharding.Mesh) -> training.Stage:
-  """Returns the stage with networks that compute on the mesh."""
-  place = getattr(stage, "on", lambda mesh: stage)
-  return place(mesh)
 
 
 def _placed(tree: Any, where: Any) -> Any:

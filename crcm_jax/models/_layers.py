@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax._typing import Array, Float
 from crcm_jax.models._config import WanConfig
+from crcm_jax.models._remat import FEED_FORWARD
 from crcm_jax.models._rope import RopeTable, rotate
 
 Tokens: TypeAlias = Float[Array, "b f p m"]
@@ -287,7 +289,8 @@ class Block(nn.Module):
     x = x + self.cross_attention.output(o, y).astype(x.dtype)
 
     y = (layer_norm(x, eps) * (1 + m[4]) + m[3]).astype(compute)
-    return x + self.ffn(y).astype(x.dtype) * m[5], own
+    y = checkpoint_name(self.ffn(y), FEED_FORWARD)
+    return x + y.astype(x.dtype) * m[5], own
 
 
 class Head(nn.Module):

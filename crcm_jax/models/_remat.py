@@ -6,7 +6,9 @@ policy names what it keeps besides:
 * `"full"`: nothing; the whole layer is recomputed.
 * `"attention"`: output and log-sum-exp of the attention operations, so that
   the part which is quadratic in tokens does not run twice.
-* `"dots"`: the products with weights as well.
+* `"outputs"`: the output of the feed-forward layers as well, which the gradient
+  of their gate needs: of all products, the most work for its size.
+* `"dots"`: what attention computed, and all products with weights.
 """
 
 from typing import Any
@@ -15,9 +17,16 @@ import jax
 
 from crcm_jax import kernels
 
+FEED_FORWARD = "feed_forward"
+"""Name of the output of a feed-forward layer."""
+
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention": kernels.save_attention,
+  "outputs": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(FEED_FORWARD),
+    kernels.save_attention,
+  ),
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     kernels.save_attention,

@@ -26,7 +26,7 @@ def adamw(
 
   Args:
     learning_rate: the rate after warm-up.
-    b1: decay of the first moment; distillation stages use 0.
+    b1: decay of the first moment; distillation stages use 0, which keeps none.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled decay, of all parameters unless `decay_mask`.
@@ -38,12 +38,22 @@ def adamw(
   schedule = warmed_up(
     learning_rate, warmup_steps=warmup_steps, warmup_start=warmup_start
   )
-  update = optax.adamw(
-    schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
+  clip = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
+  return optax.chain(
+    *clip,
+    _scale_by_moments(b1, b2, eps),
+    optax.add_decayed_weights(weight_decay, decay_mask),
+    optax.scale_by_learning_rate(schedule),
   )
-  if clip_norm is None:
-    return update
-  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def _scale_by_moments(
+  b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+  """Returns Adam; without a first moment, it keeps none in memory."""
+  if b1:
+    return optax.scale_by_adam(b1, b2, eps)
+  return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
 
 
 def warmed_up(

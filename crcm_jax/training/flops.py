@@ -304,7 +304,8 @@ def _attention(eqn: Any, context: float) -> float:
 def _visible(problem: Any, floats: Any, context: float) -> list[Any]:
   """Visible (query, key) pairs in each of the arrays of keys."""
   queries = floats[0].aval.shape[1]
-  lengths = [keys.aval.shape[1] for keys in floats[1::2]]
+  # The tokens of a context may have several axes.
+  lengths = [math.prod(keys.aval.shape[1:-2]) for keys in floats[1::2]]
   pairs = problem.mask.visible_pairs(lengths[problem.ranged :])
   return [context * queries * lengths[0], *pairs] if problem.ranged else pairs
 

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import launches
 import pytest
 import tiny_wan
 from tiny_wan import CONFIG, jit, relative
@@ -170,13 +171,25 @@ def test_remat_changes_nothing(remat):
 def test_attention_policy_keeps_attention():
   """The backward pass of a layer runs no attention forward again."""
 
-  def launches(remat):
+  def passes(remat):
     model = models.Wan(dataclasses.replace(CONFIG, remat=remat))
     run = value_and_grads(two_streams, model=model)
     return str(run.trace(*setting()).jaxpr).count("attention_fwd[")
 
-  assert launches("attention") == launches(None) == 4
-  assert launches("full") == 8
+  assert passes("attention") == passes(None) == 4
+  assert passes("full") == 8
+
+
+def test_outputs_policy_keeps_the_feed_forward_layers_outputs():
+  """The backward pass runs each layer's second product no more."""
+
+  def dots(remat):
+    model = models.Wan(dataclasses.replace(CONFIG, remat=remat))
+    run = value_and_grads(two_streams, model=model)
+    return launches.count(run.trace(*setting()))["dot_general"]
+
+  streams = 2
+  assert dots("attention") - dots("outputs") == streams * CONFIG.layers
 
 
 def test_causality():

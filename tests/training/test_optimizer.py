@@ -80,3 +80,12 @@ def test_decay_can_spare_some_parameters():
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   np.testing.assert_allclose(updates["kernel"], -0.01, rtol=1e-6)
   np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_no_first_moment_is_kept_where_there_is_none():
+  params = {"w": jnp.ones(1000)}
+  size = lambda optimizer: sum(
+    a.size for a in jax.tree.leaves(optimizer.init(params))
+  )
+  assert size(adamw(0.1, b1=0.9)) == pytest.approx(2000, abs=9)
+  assert size(adamw(0.1, b1=0.0)) == pytest.approx(1000, abs=9)
