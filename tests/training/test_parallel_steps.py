@@ -32,10 +32,6 @@ MOVES = {
     "all-to-all": 18,
     "reduce-scatter": 6,
   },
-  # Two teacher passes of 8, the student's 8, 4 of its tangent (the clean
-  # stream has none), and 10 backward. Matrices: 2 x 10 of the teacher, 20 of
-  # the student; patches of the two teachers, the student and its tangent.
-  ("continuous_consistency", "2x2x2x1"): {"all-gather": 44, "all-to-all": 38},
 }
 """What moves data, by stage and mesh; all-reduces sum, as XLA joins them."""
 
