@@ -21,7 +21,6 @@ import jax
 import numpy as np
 import tqdm
 
-from crcm_jax import data
 from crcm_jax.training import _agreement, _processes, _writers, sharding
 from crcm_jax.training._checkpoints import Checkpoints
 from crcm_jax.training._config import config_hash
@@ -77,7 +76,8 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   _agreement.check_start(stage.config, workdir)
   checkpoints = Checkpoints(workdir, keep=stage.loop.keep)
   mesh = sharding.make_mesh(**stage.mesh)
-  batches = _batches(stage, folders.data, mesh)
+  rows = sharding.local_rows(mesh, stage.dataset.shapes().x_0.shape[0])
+  batches = stage.dataset.batches(folders.data, stage.seed, rows)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
@@ -199,14 +199,6 @@ class _Run:
       f" {saved} are kept. Lower the learning rate, or allow some such updates"
       " with `--config.loop.allow_skipped=N`."
     )
-
-
-def _batches(
-  stage: Stage, folder: pathlib.Path, mesh: jax.sharding.Mesh
-) -> data.BatchIterator:
-  size = stage.dataset.shapes().x_0.shape[0]
-  rows = sharding.local_rows(mesh, size)
-  return stage.dataset.batches(folder, stage.seed, rows)
 
 
 def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
