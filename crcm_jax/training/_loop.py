@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tqdm
 
-from crcm_jax import data, evaluation
+from crcm_jax import evaluation
 from crcm_jax.training import _agreement, _processes, _writers, sharding
 from crcm_jax.training._checkpoints import Checkpoints
 from crcm_jax.training._config import config_hash
@@ -93,7 +93,8 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   checkpoints = Checkpoints(
     workdir, keep=stage.loop.keep, milestone_every=stage.loop.milestone_every
   )
-  batches = _batches(stage, folders.data, mesh)
+  rows = sharding.local_rows(mesh, stage.dataset.shapes().x_0.shape[0])
+  batches = stage.dataset.batches(folders.data, stage.seed, rows)
 
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
@@ -245,14 +246,6 @@ class _Run:
       f" {saved} are kept. Lower the learning rate, or allow some such updates"
       " with `--config.loop.allow_skipped=N`."
     )
-
-
-def _batches(
-  stage: Stage, folder: pathlib.Path, mesh: jax.sharding.Mesh
-) -> data.BatchIterator:
-  size = stage.dataset.shapes().x_0.shape[0]
-  rows = sharding.local_rows(mesh, size)
-  return stage.dataset.batches(folder, stage.seed, rows)
 
 
 def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
