@@ -16,7 +16,7 @@ import tiny
 from jax import lax
 from jax.sharding import AbstractMesh
 
-from crcm_jax import cli, training
+from crcm_jax import cli, models, training
 from crcm_jax.training import flops, plan, sharding
 from crcm_jax.training.plan import _compile, _hlo, _memory, _suggest
 
@@ -245,6 +245,21 @@ def test_the_smallest_change_comes_first(large):
   )
   change = plan.suggest(stage, "student", big)
   assert (change.remat, change.mesh["context"]) == ("full", 4)
+
+
+def test_what_does_not_divide_is_not_suggested(large):
+  stage, found = large
+  few = found.memory._replace(activations=1e9)
+  tight = dataclasses.replace(found, memory=few, limit=few.total - 1e9 + 1e8)
+  # 16 devices would do, and a frame has 64 tokens: 2 examples, 8 parts.
+  change = plan.suggest(stage, "student", tight)
+  assert change.mesh == dict(data=1, fsdp=2, context=8, tensor=1)
+  narrow = stage_of(data=dict(height=2, width=2))["diffusion"]  # one token
+  assert plan.suggest(narrow, "student", tight) is None
+
+
+def test_all_remat_policies_are_tried():
+  assert set(_suggest.REMAT) == {None, *models.REMAT_POLICIES}
 
 
 def run(capsys, *words):
