@@ -16,7 +16,7 @@ import tiny
 from jax import lax
 from jax.sharding import AbstractMesh
 
-from crcm_jax import cli, models, training
+from crcm_jax import cli, training
 from crcm_jax.training import flops, plan, sharding
 from crcm_jax.training.plan import _compile, _hlo, _memory, _suggest
 
@@ -258,8 +258,9 @@ def test_what_does_not_divide_is_not_suggested(large):
   assert plan.suggest(narrow, "student", tight) is None
 
 
-def test_all_remat_policies_are_tried():
-  assert set(_suggest.REMAT) == {None, *models.REMAT_POLICIES}
+def test_remat_policies_are_tried_from_the_one_that_saves_most():
+  found = [name for name in _suggest.REMAT if name in (None, "dots", "full")]
+  assert found == [None, "dots", "full"]
 
 
 def run(capsys, *words):

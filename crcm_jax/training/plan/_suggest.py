@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from crcm_jax.models import REMAT_POLICIES
 from crcm_jax.training import sharding
 from crcm_jax.training._stages import Phase, read_stage, Stage
 from crcm_jax.training._state import TrainState
@@ -23,7 +24,7 @@ from crcm_jax.training.plan._compile import Arguments, arguments
 from crcm_jax.training.plan._memory import Memory, memory
 from crcm_jax.training.plan._plan import StepPlan
 
-REMAT = (None, "dots", "attention", "full")
+REMAT = (None, *reversed(REMAT_POLICIES))
 """Policies, from what saves the most to what saves the least."""
 
 _MOST_DOUBLINGS = 6
