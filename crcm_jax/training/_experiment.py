@@ -8,6 +8,7 @@ What they share stands beside the sections, and a section may override it:
     consistency=dict(steps=300, objective=dict(...), ...),
     self_forcing=dict(steps=600, data=dict(batch_size=8), ...),
     evaluation=dict(...)
+    topology="v5p:4x4x4",  # what `crcm plan` plans for, unless told otherwise
 
 The whole config is read, and its mistakes are found, before anything is
 trained.

@@ -295,7 +295,7 @@ _PRODUCTS = {
 def _attention(eqn: Any, context: float) -> float:
   problem = eqn.params["problem"]
   floats = eqn.invars[: problem.num_floats]
-  b, _, n, d = floats[0].aval.shape
+  b, *_, n, d = floats[0].aval.shape
   products = _ATTENTION[eqn.primitive.name](problem, eqn.params)
   pairs = _visible(problem, floats, context)
   return 2 * b * n * d * float(np.dot(pairs, products))
@@ -303,9 +303,9 @@ def _attention(eqn: Any, context: float) -> float:
 
 def _visible(problem: Any, floats: Any, context: float) -> list[Any]:
   """Visible (query, key) pairs in each of the arrays of keys."""
-  queries = floats[0].aval.shape[1]
-  # The tokens of a context may have several axes.
-  lengths = [math.prod(keys.aval.shape[1:-2]) for keys in floats[1::2]]
+  # Tokens may have several axes, frames and patches.
+  tokens = [math.prod(x.aval.shape[1:-2]) for x in floats]
+  queries, lengths = tokens[0], tokens[1::2]
   pairs = problem.mask.visible_pairs(lengths[problem.ranged :])
   return [context * queries * lengths[0], *pairs] if problem.ranged else pairs
 

@@ -11,7 +11,7 @@ import tiny_wan
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from crcm_jax import kernels, models, training
+from crcm_jax import ChunkPattern, kernels, models, training
 from crcm_jax.training import flops
 
 A = jnp.ones((3, 4))
@@ -243,6 +243,19 @@ def test_a_wan_by_hand(wan):
   inputs += 2 * 2 * FRAMES * c.freq_width * c.width
   assert gradient.matmul == 3 * (outside + blocks) - inputs
   assert gradient.attention == attention * (1 + 5 / 2)
+
+
+def test_both_streams_of_teacher_forcing_by_hand():
+  x, t, text, clean = tiny_wan.inputs(FRAMES)
+  model = models.Wan(tiny_wan.CONFIG)
+  forward = lambda p: model.apply(
+    {"params": p}, x, t, text, pattern=ChunkPattern(1, 2), context=clean
+  )
+  c = tiny_wan.CONFIG
+  own, past = 4 * 4 + 8 * 8, 8 * 4  # chunks of 4 and 8 tokens
+  pairs = (own + past) + (own + past) + 2 * 12 * c.text_length
+  expected = c.layers * 2 * 2 * 2 * c.width * pairs
+  assert flops.count(forward, tiny_wan.params()).attention == expected
 
 
 def test_recomputation_counts(wan):

@@ -247,6 +247,22 @@ def test_the_smallest_change_comes_first(large):
   assert (change.remat, change.mesh["context"]) == ("full", 4)
 
 
+def test_what_does_not_divide_is_not_suggested(large):
+  stage, found = large
+  few = found.memory._replace(activations=1e9)
+  tight = dataclasses.replace(found, memory=few, limit=few.total - 1e9 + 1e8)
+  # 16 devices would do, and a frame has 64 tokens: 2 examples, 8 parts.
+  change = plan.suggest(stage, "student", tight)
+  assert change.mesh == dict(data=1, fsdp=2, context=8, tensor=1)
+  narrow = stage_of(data=dict(height=2, width=2))["diffusion"]  # one token
+  assert plan.suggest(narrow, "student", tight) is None
+
+
+def test_remat_policies_are_tried_from_the_one_that_saves_most():
+  found = [name for name in _suggest.REMAT if name in (None, "dots", "full")]
+  assert found == [None, "dots", "full"]
+
+
 def run(capsys, *words):
   status = cli.main(["plan", *words])
   return status, capsys.readouterr().err

@@ -20,13 +20,13 @@ from crcm_jax.models import REMAT_POLICIES
 from crcm_jax.training import sharding
 from crcm_jax.training._stages import Phase, read_stage, Stage
 from crcm_jax.training._state import TrainState
-from crcm_jax.training.plan._compile import arguments
+from crcm_jax.training.plan._compile import Arguments, arguments
 from crcm_jax.training.plan._memory import Memory, memory
 from crcm_jax.training.plan._plan import StepPlan
 
-# From what saves the most to what saves the least.
-_REMAT = (None, "dots", "attention", "full")
-assert set(_REMAT) == {None, *REMAT_POLICIES}
+REMAT = (None, *reversed(REMAT_POLICIES))
+"""Policies, from what saves the most to what saves the least."""
+
 _MOST_DOUBLINGS = 6
 
 
@@ -67,11 +67,22 @@ def suggest(stage: Stage, phase: Phase, plan: StepPlan) -> Change | None:
       tuple(mesh[axis] for axis in sharding.AXES), sharding.AXES
     )
     temporaries = (saved(remat) + rest) / _token_devices(mesh)
-    given = arguments(changed, abstract)
+    try:
+      given = _checked_arguments(changed, abstract)
+    except ValueError:  # Something does not divide by so many devices.
+      continue
     found = memory(changed, given, abstract.shape, temporaries)
     if found.total <= plan.limit:
       return Change(remat, mesh, found)
   return None
+
+
+def _checked_arguments(stage: Stage, mesh: AbstractMesh) -> Arguments:
+  """Returns what the stage's steps take, if a mesh divides all of it."""
+  video = stage.dataset.shapes().x_0.shape
+  for network in (stage.model, *stage.networks.values()):
+    sharding.check_stage(mesh.shape, network.config, video)
+  return arguments(stage, mesh)
 
 
 def with_changes(
@@ -128,7 +139,7 @@ def _changes(
   stage: Stage, mesh: dict[str, int], now: str | None
 ) -> Iterator[tuple[str | None, dict[str, int]]]:
   """Lists changes, small ones first."""
-  policies = _REMAT[_REMAT.index(now) + 1 :]
+  policies = REMAT[REMAT.index(now) + 1 :]
   moved = [_move(mesh, n) for n in _doublings(mesh["data"])]
   yield from ((remat, mesh) for remat in policies)
   yield from ((now, more) for more in moved)
