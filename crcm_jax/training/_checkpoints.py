@@ -335,7 +335,7 @@ def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).strip().split("\n")[0][:200]
+  return str(error).strip().split("\n")[0][:1000]
 
 
 def _check_same(

@@ -151,11 +151,8 @@ def test_random_draws_follow_from_seed_and_step_alone(whole):
   restored = Checkpoints(whole.workdir / "matching").read(None)
   assert restored.config["seed"] == 0
   assert restored.state["step"] == restored.step == 40
-  names = [
-    jax.tree_util.keystr(path)
-    for path, _ in jax.tree.leaves_with_path(restored.state)
-  ]
-  assert not [name for name in names if "key'" in name or "rng" in name]
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(restored.state)}
+  assert dtypes == {"float32", "int32"}  # keys are of others
   assert {"student", "student_opt_state", "ema", "fake", "fake_opt_state"} <= (
     restored.state.keys()
   )
