@@ -279,7 +279,7 @@ def test_a_full_or_read_only_disk_stops_the_run_and_loses_nothing(tmp_path):
   for mode in modes:
     assert re.search(f"STOPPED {mode} 2 [46]", done.stdout), done.stdout
     assert f"MENDED {mode}" in done.stdout
-  messages = [x for x in done.stderr.splitlines() if x.startswith("crcm: ")]
+  messages = re.findall(r"crcm: (.*)", done.stderr)
   assert len(messages) == len(modes)
   for mode, message in zip(modes, messages, strict=True):
     assert str(tmp_path / mode / "diffusion") in message
