@@ -13,6 +13,7 @@ checkpoint with a list is complete, and there is one as soon as there was one.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import pathlib
 import shutil
@@ -97,6 +98,7 @@ class Checkpoints:
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+    self._failed = False
 
   def steps(self) -> list[int]:
     """Lists the iterations of which there is a checkpoint, oldest first."""
@@ -245,7 +247,10 @@ class Checkpoints:
       self.wait()
     finally:
       self._thread.shutdown()
-    self._manager.close()
+      # A failure was told as `NotSaved`; the manager would tell it again.
+      known = (Exception,) if self._failed else ()
+      with contextlib.suppress(*known):
+        self._manager.close()
 
   def _written(self) -> list[pathlib.Path]:
     """Lists the folders that Orbax has finished."""
@@ -268,6 +273,7 @@ class Checkpoints:
     shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
 
   def _not_saved(self, step: int, error: Exception) -> NotSaved:
+    self._failed = True
     return NotSaved(
       f"the checkpoint of step {step} could not be written to {self._folder}"
       f" ({_first_line(error)}); those of steps {self.steps()} are as they"
@@ -359,7 +365,7 @@ def _host_array(leaf: Any) -> np.ndarray:
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).strip().split("\n")[0][:200]
+  return str(error).strip().split("\n")[0][:1000]
 
 
 def _check_same(

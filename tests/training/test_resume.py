@@ -151,11 +151,8 @@ def test_random_draws_follow_from_seed_and_step_alone(whole):
   restored = Checkpoints(whole.workdir / "matching").read(None)
   assert restored.config["seed"] == 0
   assert restored.state["step"] == restored.step == 40
-  names = [
-    jax.tree_util.keystr(path)
-    for path, _ in jax.tree.leaves_with_path(restored.state)
-  ]
-  assert not [name for name in names if "key'" in name or "rng" in name]
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(restored.state)}
+  assert dtypes == {"float32", "int32"}  # keys are of others
   assert {"student", "student_opt_state", "ema", "fake", "fake_opt_state"} <= (
     restored.state.keys()
   )
@@ -282,7 +279,7 @@ def test_a_full_or_read_only_disk_stops_the_run_and_loses_nothing(tmp_path):
   for mode in modes:
     assert re.search(f"STOPPED {mode} 2 [46]", done.stdout), done.stdout
     assert f"MENDED {mode}" in done.stdout
-  messages = [x for x in done.stderr.splitlines() if x.startswith("crcm: ")]
+  messages = re.findall(r"crcm: (.*)", done.stderr)
   assert len(messages) == len(modes)
   for mode, message in zip(modes, messages, strict=True):
     assert str(tmp_path / mode / "diffusion") in message
