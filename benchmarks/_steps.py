@@ -15,6 +15,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import os
 import pathlib
 import shlex
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Both must be set before JAX meets the device.
@@ -249,7 +250,7 @@ class Program:
   @property
   def devices(self) -> int:
     """Devices of its mesh."""
-    return int(np_prod(self.case.mesh.values()))
+    return math.prod(self.case.mesh.values())
 
   def draw(self) -> tuple[Any, ...]:
     """Draws the arguments where they belong."""
@@ -277,11 +278,6 @@ class Program:
       if self.stage.phase(i) == phase and int(done) % most == most - 1:
         return i
     raise AssertionError("the count goes around")
-
-
-def np_prod(numbers: Iterable[int]) -> int:
-  """Returns the product."""
-  return functools.reduce(lambda a, b: a * b, numbers, 1)
 
 
 def program_of(case: Case) -> Program:
@@ -314,7 +310,7 @@ def mesh_of(case: Case) -> jax.sharding.Mesh:
     shape,
     sharding.AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
-    devices=jax.devices()[: np_prod(shape)],
+    devices=jax.devices()[: math.prod(shape)],
   )
 
 
@@ -428,7 +424,7 @@ def asked_memory(compiled: Any) -> int:
 def on_one_device(shapes: Any) -> int:
   """Bytes of sharded arrays on one device."""
   sizes = (
-    np_prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     for a in jax.tree.leaves(shapes)
   )
   return sum(sizes)

@@ -24,6 +24,7 @@ implementation's times (estimated from its measured parts) are for one H100.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -124,11 +125,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--tiny", action="store_true", help="tiny sizes, to see that it runs")
   add("--json", type=pathlib.Path, help="writes the rows here")
   options = parser.parse_args(argv)
-  if _steps.np_prod(options.mesh.values()) > jax.device_count():
+  if math.prod(options.mesh.values()) > jax.device_count():
     options.mesh = {}
   if options.batch is None:
     axes = ("data", "fsdp")
-    options.batch = _steps.np_prod(options.mesh.get(axis, 1) for axis in axes)
+    options.batch = math.prod(options.mesh.get(axis, 1) for axis in axes)
   return options
 
 

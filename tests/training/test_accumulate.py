@@ -13,6 +13,7 @@ import tiny
 from crcm_jax import models, training
 from crcm_jax.data import Batch
 from crcm_jax.training import _accumulate
+from crcm_jax.training._step import read_scalars
 
 BATCH = 8
 KEY = jax.random.key(3)
@@ -199,7 +200,7 @@ def _stage_steps(stage, batch_of, steps):
   for i in range(steps):
     step = run[stage.phase(i)]
     state, metrics = step(state, frozen, batch_of(i), stage.run_key())
-    rows.append({k: float(v) for k, v in metrics.items()})
+    rows.append(read_scalars(metrics))
   return state, rows
 
 
