@@ -2,7 +2,8 @@
 
   python process_child.py MISHAP PROCESS ARGUMENT...
 
-The mishap befalls the process of that number only, at its third batch.
+The mishap befalls the process of that number only, as it reads its third batch,
+which the loop does ahead of the step.
 """
 
 import os

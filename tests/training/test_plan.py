@@ -173,7 +173,7 @@ def test_data_is_what_the_other_axes_leave():
   assert plan.mesh_shape(eight, dict(fsdp=2)) == whole
   assert plan.mesh_shape(eight, whole) == whole
   for wrong in (dict(fsdp=3), dict(data=1, fsdp=4), dict(tensor=16)):
-    with pytest.raises(ValueError, match=r"must multiply to the 8 devices"):
+    with pytest.raises(ValueError, match="to the number of devices, 8"):
       plan.mesh_shape(eight, wrong)
 
 
@@ -276,7 +276,7 @@ def run(capsys, *words):
     (["--topology", "cpu:1", "--stage", "x"], "`--stage` must be one of"),
     (
       ["--topology", "cpu:1", "--mesh", "fsdp=2"],
-      "`mesh` must multiply to the 1 devices; got fsdp 2",
+      "`mesh` must multiply to the number of devices, 1; got fsdp 2",
     ),
     (["--topology", "cpu:999"], "needs 999 fake CPU devices"),
   ],

@@ -93,12 +93,12 @@ def test_two_processes_train_as_one_and_stop_together(runs, whole):
   ended = runs.together(
     2, "run", mesh__data=2, mishap=("terminate", 1), diffusion__steps=5
   )
-  for one in ended:
-    assert one.code in (0, 143)
-    assert "was stopped and saved at step 4" in one.output
-  checkpoint = runs.folder / "run" / "diffusion" / "checkpoints" / "4"
+  assert [one.code for one in ended] == [0, 0]
+  saved = r"was stopped and saved at step (\d)"  # which one: batches are early
+  (step,) = {int(re.search(saved, one.output)[1]) for one in ended}
+  checkpoint = runs.folder / "run" / "diffusion" / "checkpoints" / str(step)
   assert len(list(checkpoint.glob("state/ocdbt.process_*"))) == 2
-  runs.assert_same("run", whole, steps=4)
+  runs.assert_same("run", whole, steps=step)
   assert runs.alone("run") == 0
   runs.assert_same("run", whole)
 
@@ -188,8 +188,8 @@ def test_a_signal_at_the_last_step_stops_all(runs):
   for one in runs.together(
     2, "run", mesh__data=2, diffusion__steps=3, mishap=("terminate", 0)
   ):
-    assert one.code in (0, 143)
-    assert "was stopped and saved at step 3" in one.output
+    assert one.code == 0
+    assert "was stopped and saved at step" in one.output
 
 
 @pytest.mark.slow

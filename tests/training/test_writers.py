@@ -68,9 +68,10 @@ def test_a_missing_extra_names_the_pip_command(tmp_path, monkeypatch):
 
 def test_a_full_disk_names_the_file(tmp_path):
   files = _writers.Files(tmp_path)
-  files._file.close()
-  with pathlib.Path("/dev/full").open("w") as files._file:
-    with pytest.raises(OSError, match=r"No space left .*: .*metrics.jsonl"):
+  files._files["metrics"].close()
+  with pathlib.Path("/dev/full").open("w") as full:
+    files._files["metrics"] = full
+    with pytest.raises(OSError, match=r"No space left .*: '/dev/full'"):
       files.scalars(1, {"loss": 1.0})
     files.close()
 
