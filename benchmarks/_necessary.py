@@ -3,7 +3,9 @@
 Counted are matrix products and the products of attention over visible (query,
 key) pairs, an operation each for a multiplication and its addition. Not
 counted are what is done element by element, and whatever is done twice: no
-recomputation for a backward pass, no replay of a rollout.
+recomputation for a backward pass, no replay of a rollout. (A run's own
+utilisation, `crcm_jax.training.flops.step`, counts in the traced program, where
+a replay is not known as one; otherwise the two agree, as a test shows.)
 
 With s tokens of width m in a stream, hidden width w of the feed-forward
 layers, l layers, n heads of width d and L text tokens:

@@ -17,13 +17,15 @@ key, and each of their heads, a product is `2 * head width` operations:
 and zero tangents and unwanted cotangents need none.
 
 *Necessary* operations of a train step, the numerator of model FLOP
-utilisation, are those of the step without rematerialisation: `step`.
+utilisation, are those of the step without rematerialisation, and without the
+"s again" of attention: `step`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -109,8 +111,9 @@ def moved(
 def step(stage: Stage, phase: Phase = "student") -> Flops:
   """Counts the necessary operations of a train step of a whole batch.
 
-  They are those of the step without rematerialisation. A rollout's number of
-  steps varies from iteration to iteration: it counts on average over them.
+  They are those of the step without anything that is computed a second time
+  for a derivative. A rollout's number of steps varies from iteration to
+  iteration: it counts on average over them.
 
   Args:
     stage: the stage; its batch is that of all devices.
@@ -118,14 +121,15 @@ def step(stage: Stage, phase: Phase = "student") -> Flops:
   """
   plain = without_remat(stage)
   state = plain.state_shapes()
-  return count(
+  live = _live(
     plain.train_steps()[phase],
     state,
     plain.frozen_shapes(),
     plain.dataset.shapes(),
     jax.eval_shape(plain.run_key),
-    run_time=run_time_of(plain),
   )
+  once = functools.partial(_operations, again=False)
+  return _of_jaxpr(live, run_time_of(plain), once)
 
 
 def without_remat(stage: Stage) -> Stage:
@@ -185,11 +189,11 @@ def _of_equation(eqn: Any, run_time: RunTime, measure: Any) -> Flops:
   return Flops(*(times * part for part in _sum(parts)))
 
 
-def _operations(eqn: Any, run_time: RunTime) -> Flops:
+def _operations(eqn: Any, run_time: RunTime, again: bool = True) -> Flops:
   name = eqn.primitive.name
   if name in _PRODUCTS:
     return Flops(matmul=float(_PRODUCTS[name](eqn)))
-  return Flops(attention=float(_attention(eqn, run_time.context)))
+  return Flops(attention=float(_attention(eqn, run_time.context, again)))
 
 
 def _bytes(eqn: Any, run_time: RunTime) -> Flops:
@@ -292,11 +296,12 @@ _PRODUCTS = {
 }
 
 
-def _attention(eqn: Any, context: float) -> float:
+def _attention(eqn: Any, context: float, again: bool) -> float:
+  """Counts visible pairs times products; `again` with recomputed scores."""
   problem = eqn.params["problem"]
   floats = eqn.invars[: problem.num_floats]
   b, *_, n, d = floats[0].aval.shape
-  products = _ATTENTION[eqn.primitive.name](problem, eqn.params)
+  products = _ATTENTION[eqn.primitive.name](problem, eqn.params, again)
   pairs = _visible(problem, floats, context)
   return 2 * b * n * d * float(np.dot(pairs, products))
 
@@ -321,25 +326,31 @@ def _tangent(problem: Any, nonzero: Any) -> list[int]:
   return products
 
 
-def _forward(problem: Any, params: Mapping[str, Any]) -> list[int]:
-  del params
+_Params: TypeAlias = Mapping[str, Any]
+
+
+def _forward(problem: Any, params: _Params, again: bool) -> list[int]:
+  del params, again
   return [2] * problem.pairs
 
 
-def _fused(problem: Any, params: Mapping[str, Any]) -> list[int]:
+def _fused(problem: Any, params: _Params, again: bool) -> list[int]:
+  del again
   return [2 + n for n in _tangent(problem, params["nonzero"])]
 
 
-def _linear(problem: Any, params: Mapping[str, Any]) -> list[int]:
-  return [bool(n) + n for n in _tangent(problem, params["nonzero"])]
+def _linear(problem: Any, params: _Params, again: bool) -> list[int]:
+  tangents = _tangent(problem, params["nonzero"])
+  return [(again and n > 0) + n for n in tangents]
 
 
-def _backward(problem: Any, params: Mapping[str, Any]) -> list[int]:
+def _backward(problem: Any, params: _Params, again: bool) -> list[int]:
   del problem
   q, *rest = params["wanted"]
   products = []
   for k, v in zip(rest[::2], rest[1::2], strict=True):
-    products.append(bool(q or k or v) + bool(q or k) + q + k + v)
+    scores = again and (q or k or v)
+    products.append(bool(scores) + bool(q or k) + q + k + v)
   return products
 
 
