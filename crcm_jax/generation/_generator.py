@@ -136,13 +136,16 @@ class Generator:
     """Decodes chunks of latents as they come; the first of a batch alone."""
     vae, params = self.networks.vae, self.networks.vae_params
     cache, waiting = None, []
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
       made = []
       for i in range(chunk.shape[1]):
         latent = _pick(chunk, np.int32(i))
         pixels, cache = decode_to_bytes(vae, params, latent, cache)
         pixels.copy_to_host_async()
         made.append(pixels)
+      if number == 0:  # somebody waits for it
+        yield from map(np.asarray, made)
+        continue
       # The device has this chunk to do; the one before is, or soon will be.
       yield from map(np.asarray, waiting)
       waiting = made

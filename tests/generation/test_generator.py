@@ -47,6 +47,22 @@ def _noise(steps, seed=0):
   return jax.random.normal(key, (steps, 1, 3, 4, 6, 16))
 
 
+def test_the_first_frame_waits_for_no_other_chunk():
+  made = generator()
+  begun = []
+
+  def chunks():
+    for i, chunk in enumerate(made.latents(text())):
+      begun.append(i)
+      yield chunk
+
+  pieces = made.decode(chunks())
+  next(pieces)
+  assert begun == [0]
+  next(pieces)  # later ones keep the device busy
+  assert begun == [0, 1, 2]
+
+
 def test_frames_are_those_of_the_decoded_rollout():
   made = generator()
   pieces = list(made(text()))
