@@ -29,7 +29,8 @@ Planned by `crcm plan` (docs/plan.md), the four settings of Table 3:
 The data are random latents of the size of 81 frames of 832 x 480 pixels: speed
 and memory are real, quality is not. The paper trained on tens of H100 GPUs;
 set `--config.mesh.fsdp=N` or `--config.mesh.context=N` for several devices (see
-docs/sharding.md). Expected time and result on that hardware are the paper's and
+docs/sharding.md). Where memory allows, `--config.working_copy=True` and
+`--config.network.remat=outputs` are faster (docs/training.md). Expected time and result on that hardware are the paper's and
 were not reproduced here.
 """
 
@@ -128,6 +129,7 @@ def _shared(size: str, pattern: str, steps: str) -> dict[str, Any]:
   return dict(
     seed=0,
     ema_rate=0.1,
+    working_copy=False,
     network=dict(
       **SIZES[size],
       freq_width=256,
