@@ -30,8 +30,8 @@ The data are random latents of the size of 81 frames of 832 x 480 pixels: speed
 and memory are real, quality is not. The paper trained on tens of H100 GPUs;
 set `--config.mesh.fsdp=N` or `--config.mesh.context=N` for several devices (see
 docs/sharding.md). Where memory allows, `--config.working_copy=True` and
-`--config.network.remat=outputs` are faster (docs/training.md). Expected time and result on that hardware are the paper's and
-were not reproduced here.
+`--config.network.remat=outputs` are faster (docs/training.md). Expected time
+and result on that hardware are the paper's and were not reproduced here.
 """
 
 from typing import Any
