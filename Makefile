@@ -46,7 +46,7 @@ quickstart: .venv/run.stamp
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
-slow: .venv/dev.stamp
+slow: .venv/tpu.stamp
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
 # Kills tiny runs of every stage, over and over: docs/training.md.

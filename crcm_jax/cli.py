@@ -35,7 +35,7 @@ _EXAMPLES = {
   "train": f"""examples:
   crcm train --config {_DIGITS} --workdir runs/digits
   crcm train --config {_DIGITS}:gpu --workdir runs/gpu --stage causal
-  crcm train --config {_DIGITS}:runlocal --workdir /tmp/try --config.seed=1
+  crcm train --config {_DIGITS}:runlocal --workdir runs/try --config.seed=1
 
 The same command goes on where a run was stopped. Afterwards the workdir has a
 folder for each stage (checkpoints, metrics.jsonl, samples) and report.html.

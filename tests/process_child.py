@@ -11,6 +11,7 @@ import signal
 import sys
 
 import jax
+import orbax.checkpoint as ocp
 
 import crcm_jax.cli
 from crcm_jax.training import _checkpoints, _data
@@ -34,15 +35,12 @@ def kill():
 
 
 def cannot_read():
-  """Lets this process fail to read the newest checkpoint."""
-  usual = _checkpoints.Checkpoints._state
+  """Lets this process fail to read a checkpoint that is whole."""
 
-  def state(checkpoints, step, like):
-    if step == checkpoints.steps()[-1]:
-      raise _checkpoints._Unreadable("a bad sector")
-    return usual(checkpoints, step, like)
+  def restore(*arguments, **settings):
+    raise OSError(5, "Input/output error")
 
-  _checkpoints.Checkpoints._state = state
+  ocp.StandardCheckpointHandler.restore = restore
 
 
 def cannot_write():

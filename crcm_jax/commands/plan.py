@@ -14,7 +14,7 @@ from crcm_jax.training.plan import Topology
 
 EXAMPLES = """examples:
   crcm plan experiments/configs/moving_digits.py --topology cpu:8
-  crcm plan experiments/configs/paper.py:tf,14b,planned
+  crcm plan experiments/configs/paper.py:tf,14b,v5p-64
   crcm plan experiments/configs/paper.py:tf_scm --topology h100:8 --mesh fsdp=8
   crcm plan CONFIG --topology v5e:16x16 --stage sf_dmd --json plan.json
 

@@ -28,7 +28,7 @@ With Wan's weights, or those of its distilled students:
 
 Frames are written as they are made; a file appears when it is whole, and
 beside it NAME.json says what made it. A list of prompts goes on where it was
-stopped. With random weights, the speed is measured on two more clips."""
+stopped. With random weights, the speed is measured on one more clip."""
 
 _CAPTION = "seven moving left and up, fast; two moving down"
 

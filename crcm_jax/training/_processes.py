@@ -235,7 +235,7 @@ def _leave() -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   if is_first_process():
-    time.sleep(2 * _WATCH)
+    time.sleep(5 * _WATCH)  # longer than the one that failed waits
   os._exit(1)
 
 

@@ -6,9 +6,8 @@ Variants, given as `moving_digits.py:VARIANT`:
 
   (none)        The quickstart. Shipped teachers; the CPU trains the stages
                 `consistency` (TF-sCM) and `self_forcing` (SF-DMD with its
-                critic), then evaluates. Measured: 14 minutes of core time,
-                1.6 GiB; 19 minutes on two cores busy with other work, which
-                two free ones should halve.
+                critic), then evaluates. Measured: 9.4 minutes on two cores,
+                1.6 GiB.
   from_scratch  The same, and trains the teachers on the CPU first, for far
                 fewer steps than the shipped ones (not timed).
   gpu           The same experiment with longer stages, all trained, meant to

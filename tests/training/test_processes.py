@@ -216,14 +216,33 @@ def test_the_death_of_one_process_ends_the_other(runs, victim):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(
-  runs, whole
-):
+def test_a_checkpoint_that_one_process_cannot_read_ends_all(runs, whole):
+  """Process 0 found it whole, so it stays as it is."""
   assert runs.alone("run") == 0
-  ended = runs.together(2, "run", mesh__data=2, mishap=("cannot_read", 1))
-  assert [one.code for one in ended] == [0, 0]
-  assert "checkpoint of step 6" in ended[0].output
-  assert "goes on from step 3" in ended[0].output
+  first, second = runs.together(
+    2, "run", mesh__data=2, mishap=("cannot_read", 1)
+  )
+  assert (first.code, second.code) == (1, 1)
+  assert re.search(
+    r"ValueError: the checkpoint of step 6 .* is whole but cannot be read into"
+    r" this run's state: .* Input/output error",
+    second.output,
+  )
+  assert "crcm: stopped, for process 1 on" in first.output
+  checkpoints = runs.folder / "run" / "diffusion" / "checkpoints"
+  assert "6" in {folder.name for folder in checkpoints.iterdir()}
+  assert runs.alone("run") == 0
+  runs.assert_same("run", whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_for_all(runs, whole):
+  assert runs.alone("run") == 0
+  checkpoints = runs.folder / "run" / "diffusion" / "checkpoints"
+  (checkpoints / "6" / "about" / "metadata").write_text("{")
+  for one in runs.together(2, "run", mesh__data=2):
+    assert one.code == 0
+  assert (checkpoints / "6.damaged").is_dir()
   runs.assert_same("run", whole)
 
 
