@@ -18,6 +18,7 @@ import optax
 from crcm_jax.training import _loop, _networks, read_stage, sharding
 
 TEACHER = dict(init=dict(student="teacher", teacher="teacher"))
+BY_COLUMNS = ((".*blocks/.*/kernel", (None, None, "fsdp")), (".*", ()))
 CRITIC = dict(critic={}, critic_optimizer=dict(learning_rate=0.1))
 STAGES = {
   "bidirectional_diffusion": {},
@@ -30,6 +31,10 @@ STAGES = {
   "bidirectional_ode_regression": dict(init=dict(real="real")),
   "self_forcing": CRITIC | dict(init=dict(real="real")),
   "joint": CRITIC | dict(init=dict(teacher="teacher", real="real")),
+  # And what a stage may change, after its name.
+  "teacher_forcing, micro-batches": dict(loop=dict(micro_batches=2)),
+  "discrete_consistency, rules of its own": TEACHER
+  | dict(sharding=dict(student="replicated", teacher=BY_COLUMNS)),
 }
 PARTS = ("continuous_consistency", "self_forcing")
 
@@ -46,7 +51,7 @@ def config(name):
   Its 12 heads over 4 x 2 devices (context x tensor) are swapped between two
   neighbours, and their keys gathered by two pairs.
   """
-  objective = dict(name=name)
+  objective = dict(name=name.split(",")[0])
   if name == "joint":
     objective |= dict(parts=PARTS, **{part: {} for part in PARTS})
   more = STAGES[name]
