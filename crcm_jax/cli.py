@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   except training.Interrupted as error:
     print(f"crcm: {error}", file=sys.stderr)
-    return 130 if error.signal == signal.SIGINT else 0
+    return error.exit_status
   return 0
 
 
@@ -117,6 +117,8 @@ def _train(arguments: argparse.Namespace) -> None:
   training.check_start(
     {**experiment.config, "--stage": arguments.stage}, folders.experiment
   )
+  for stage in chosen:  # A mistake in the last one is told at the start.
+    training.check_stage(stage, folders)
   first = training.is_first_process()
   if first:
     folders.experiment.mkdir(parents=True, exist_ok=True)
@@ -163,17 +165,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
   """Writes a stage's moving average as safetensors, with its origin."""
   source = _networks.parse_source(arguments.source)
+  workdir = _networks.find(source.where)
+  if not workdir.is_dir():
+    raise ValueError(
+      "`SOURCE` must be the workdir of a stage; got the file"
+      f" {str(workdir)!r}. `crcm convert` changes files of weights."
+    )
   origin = _networks.load_source(arguments.source, workdir=pathlib.Path())
   out = pathlib.Path(arguments.out)
   out.parent.mkdir(parents=True, exist_ok=True)
   models.save_params(
     out, origin.params, origin.about, dtype=jnp.dtype(arguments.dtype)
   )
-  workdir = _networks.find(source.where)
+  config = {k: v for k, v in origin.about.items() if k != "at_step"}
   about = {
     "command": (workdir / "command.txt").read_text().strip(),
     "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
-    "config_hash": _config.config_hash(origin.about),
+    "config_hash": _config.config_hash(config),
     **origin.about,
   }
   _write_json(out.with_suffix(".json"), about)

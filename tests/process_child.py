@@ -9,12 +9,13 @@ which the loop does ahead of the step.
 import os
 import signal
 import sys
+import time
 
 import jax
 import orbax.checkpoint as ocp
 
 import crcm_jax.cli
-from crcm_jax.training import _checkpoints, _data
+from crcm_jax.training import _checkpoints, _data, _manifest
 
 AT = 3
 
@@ -27,6 +28,11 @@ def fail():
 def terminate():
   """Asks this process to stop, as a scheduler does."""
   os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_and_hash_slowly():
+  """The same; process 0 takes its time to list the checkpoint's files."""
+  terminate()
 
 
 def kill():
@@ -67,6 +73,9 @@ class Batches:
 def main(mishap, process, *arguments):
   """Runs the command."""
   jax.config.update("jax_disable_most_optimizations", True)
+  if mishap == "terminate_and_hash_slowly":
+    write = _manifest.write
+    _manifest.write = lambda folder: (time.sleep(9), write(folder))
   if mishap.startswith("cannot"):
     if f"--process-id {process}" in " ".join(arguments):
       globals()[mishap]()

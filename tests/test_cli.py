@@ -127,6 +127,27 @@ def test_sigterm_while_there_is_nothing_to_save(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("_compile_fast")
+def test_a_refused_command_changes_nothing(tmp_path, capsys):
+  config, workdir = tmp_path / "tiny.py", tmp_path / "run"
+  config.write_text(
+    "import ml_collections\n"
+    "def get_config(): return ml_collections.ConfigDict("
+    f"{tiny.config(diffusion=tiny.DIFFUSION | dict(steps=2))})\n"
+  )
+  train = ("train", "--config", config, "--workdir", workdir)
+  assert run(*train) == 0
+  # Another process is just writing a checkpoint there.
+  (workdir / "diffusion" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+  content = lambda: {
+    path: path.is_file() and path.read_bytes() for path in workdir.rglob("*")
+  }
+  before = content()
+  assert run(*train, "--config.seed=5") == 2
+  assert "differs in `seed`" in capsys.readouterr().err
+  assert content() == before
+
+
+@pytest.mark.usefixtures("_compile_fast")
 def test_an_experiment_from_one_command_to_report_and_video(tmp_path, capsys):
   pytest.importorskip("tensorflow_datasets")
   config, workdir = tmp_path / "short.py", tmp_path / "run"

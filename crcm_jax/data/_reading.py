@@ -13,6 +13,7 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -249,9 +250,22 @@ class Batches:
 
 
 def _prepare_worker(index: int, count: int) -> None:
-  """Leaves Ctrl-C to the process that trains, which saves before it ends."""
+  """Leaves signals to the process that trains, and ends when it does.
+
+  Schedulers signal a whole group of processes. The one that trains saves before
+  it ends, for which it may need another batch.
+  """
   del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Ends this process with the one that trains, even if that one was killed."""
+  if (parent := multiprocessing.parent_process()) is not None:
+    parent.join()
+    os._exit(1)
 
 
 def _parse_flags() -> None:

@@ -21,6 +21,7 @@ from crcm_jax.training._evaluation import samplers as samplers
 from crcm_jax.training._experiment import Evaluation as Evaluation
 from crcm_jax.training._experiment import Experiment as Experiment
 from crcm_jax.training._experiment import read_experiment as read_experiment
+from crcm_jax.training._loop import check_stage as check_stage
 from crcm_jax.training._loop import Folders as Folders
 from crcm_jax.training._loop import Interrupted as Interrupted
 from crcm_jax.training._loop import NonFiniteUpdate as NonFiniteUpdate

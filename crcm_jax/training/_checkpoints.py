@@ -14,6 +14,7 @@ checkpoint with a list is complete, and there is one as soon as there was one.
 
 import concurrent.futures
 import contextlib
+import itertools
 import logging
 import pathlib
 import shutil
@@ -102,9 +103,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Lists the iterations of which there is a checkpoint, oldest first."""
-    return sorted(
-      int(folder.name) for folder in self._written() if _manifest.is_in(folder)
-    )
+    return _steps(self._folder)
 
   def save(
     self,
@@ -186,16 +185,18 @@ class Checkpoints:
         whole one does not fit `like`.
     """
     whole, damaged = self._agree_on_newest_whole()
-    if whole is None:
-      if damaged:
-        raise ValueError(
-          f"`workdir` must hold a whole checkpoint; those of steps"
-          f" {[step for step, _ in damaged]} in {self._folder} are all damaged"
-          f" ({damaged[0][1]}). Remove the folder to start over."
-        )
+    if whole is None and damaged:
+      raise ValueError(
+        f"`workdir` must hold a whole checkpoint; those of steps"
+        f" {[step for step, _ in damaged]} in {self._folder} are all damaged"
+        f" ({damaged[0][1]}). Remove the folder to start over."
+      )
+    about = None if whole is None else self._about(whole)
+    if about is not None:
+      _check_same(about["config"], config, self._folder.parent)
+    self._clear_unfinished()  # not before: it may be another config's run
+    if whole is None or about is None:
       return None
-    about = self._about(whole)
-    _check_same(about["config"], config, self._folder.parent)
     restored = self._restored(whole, about, like)
     if _processes.is_first_process():
       for step, reason in damaged:
@@ -252,18 +253,21 @@ class Checkpoints:
       with contextlib.suppress(*known):
         self._manager.close()
 
-  def _written(self) -> list[pathlib.Path]:
-    """Lists the folders that Orbax has finished."""
-    return [p for p in self._folder.glob("[0-9]*") if p.name.isdecimal()]
-
   def _finish(self, step: int) -> None:
-    """Waits for Orbax, lists the files, and removes old checkpoints."""
-    self._manager.wait_until_finished()
-    if _processes.is_first_process():
-      _manifest.write(self._folder / str(step))
-      for old in self.steps()[: -self._keep]:
-        if not self._is_milestone(old):
-          self._remove(self._folder / str(old))
+    """Waits for Orbax, lists the files, and removes old checkpoints.
+
+    On all processes it is over when it is on the first one: a process that
+    ends earlier would take that one along, amid its work.
+    """
+    try:
+      self._manager.wait_until_finished()
+      if _processes.is_first_process():
+        _manifest.write(self._folder / str(step))
+        for old in self.steps()[: -self._keep]:
+          if not self._is_milestone(old):
+            self._remove(self._folder / str(old))
+    finally:
+      _processes.meet(f"saved/{next(_SAVES)}")
 
   def _is_milestone(self, step: int) -> bool:
     return self._milestone_every > 0 and step % self._milestone_every == 0
@@ -283,24 +287,26 @@ class Checkpoints:
 
   def _clear_unfinished(self) -> None:
     """Clears away what a run left that was cut off while it wrote."""
+    if _processes.is_first_process():
+      self._remove_unfinished()
+    _processes.wait_for_all()
+    self._manager.reload()
+
+  def _remove_unfinished(self) -> None:
     for suffix in (ocp.utils.TMP_DIR_SUFFIX, _REMOVED):
       for folder in self._folder.glob(f"*{suffix}"):
         shutil.rmtree(folder)
-    for folder in self._written():
+    for folder in _written(self._folder):
       if not _manifest.is_in(folder):
         self._set_aside(
           int(folder.name), "unfinished", f"it has no {_manifest.NAME}"
         )
 
   def _agree_on_newest_whole(self) -> tuple[int | None, list[Any]]:
-    """Clears up and looks in the first process, and tells the others."""
-    found = None
-    if _processes.is_first_process():
-      self._clear_unfinished()
-      found = self._newest_whole()
-    found = _processes.gather(found)[0]
-    self._manager.reload()
-    return found
+    """Looks in the first process, and tells the others."""
+    first = _processes.is_first_process()
+    found = self._newest_whole() if first else None
+    return _processes.gather(found)[0]
 
   def _newest_whole(self) -> tuple[int | None, list[tuple[int, str]]]:
     """Returns the newest whole one, and what is wrong with those after it."""
@@ -353,6 +359,42 @@ class Checkpoints:
 
 
 _REMOVED = ".removed"
+_SAVES = itertools.count()  # all processes save equally often
+
+
+def check_config(
+  workdir: pathlib.Path | str, config: Mapping[str, Any]
+) -> None:
+  """Raises if a folder's newest checkpoint is of another config.
+
+  Args:
+    workdir: folder of the stage; nothing is written to it.
+    config: the config that is about to run.
+
+  Raises:
+    ValueError: naming the keys that differ.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  steps = _steps(workdir / "checkpoints")
+  if not steps:
+    return
+  folder: Any = workdir / "checkpoints" / str(steps[-1]) / "about"
+  try:
+    about = dict(ocp.JsonCheckpointHandler().restore(folder))
+    old = about["config"]
+  except Exception:  # It is damaged, which `restore` finds out and reports.
+    return
+  _check_same(old, config, workdir)
+
+
+def _written(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Lists the checkpoints that Orbax has finished."""
+  return [p for p in folder.glob("[0-9]*") if p.name.isdecimal()]
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  """Lists the iterations of which there is a whole checkpoint."""
+  return sorted(int(p.name) for p in _written(folder) if _manifest.is_in(p))
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

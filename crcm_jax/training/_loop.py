@@ -24,7 +24,7 @@ import tqdm
 
 from crcm_jax import evaluation
 from crcm_jax.training import _agreement, _processes, _writers, sharding
-from crcm_jax.training._checkpoints import Checkpoints
+from crcm_jax.training._checkpoints import check_config, Checkpoints
 from crcm_jax.training._config import config_hash
 from crcm_jax.training._feed import Feed
 from crcm_jax.training._speed import Meter, peak_flops, tokens_of
@@ -41,16 +41,20 @@ class NonFiniteUpdate(FloatingPointError):
   """An update was not finite; the last good checkpoint is kept."""
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
   """The run was asked to stop, and saved a checkpoint first.
 
+  Like `KeyboardInterrupt` it is no `Exception`: it may come at any moment, and
+  whoever handles errors of a file or a record must not take it for one.
+
   Attributes:
-    signal: what asked it, SIGTERM or SIGINT.
+    exit_status: what the command shall end with: 130 after SIGINT, 0 after
+      SIGTERM, with which schedulers ask.
   """
 
   def __init__(self, message: str, number: int):
     super().__init__(message)
-    self.signal = number
+    self.exit_status = 128 + number if number == signal.SIGINT else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +121,8 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   key = stage.run_key()
   place = functools.partial(sharding.place_batch, mesh=mesh)
   with (
+    _stop_signal() as asked,  # also while the last checkpoint is written
     run.closing(),
-    _stop_signal() as asked,
     _bar(stage, first) as bar,
     Feed(batches, place, meter, bar.set_postfix_str) as feed,
   ):
@@ -137,13 +141,30 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
       if stopping or stage.is_saved(step):
         run.save(step, state, feed.get_state())
       if stopping:
-        raise Interrupted(
-          f"{stage.name} was stopped and saved at step {step}; the same"
-          " command goes on from there.",
-          asked.number,
-        )
-  _processes.wait_for_all()
+        break
+  # Whichever process was asked, and be it after the last step, all stop.
+  if number := max(_processes.gather(asked.number)):
+    raise Interrupted(
+      f"{stage.name} was stopped and saved at step {int(state.step)}; the same"
+      " command goes on from there.",
+      number,
+    )
   return state
+
+
+def check_stage(stage: Stage, folders: Folders) -> None:
+  """Raises where `train_stage` would, before anything is computed or written.
+
+  Args:
+    stage: what shall be trained.
+    folders: where.
+
+  Raises:
+    ValueError: if the mesh does not fit the devices or the stage, or if the
+      workdir belongs to another config.
+  """
+  stage.on(sharding.make_mesh(**stage.mesh))
+  check_config(folders.experiment / stage.name, stage.config)
 
 
 class _Run:
@@ -356,7 +377,8 @@ def _stop_signal() -> Iterator[_Stop]:
     del frame
     stop.number = number
     stop.set()
-    signal.signal(number, old[number])
+    for each, handler in old.items():
+      signal.signal(each, handler)
 
   for number in (signal.SIGTERM, signal.SIGINT):
     old[number] = signal.signal(number, ask)

@@ -160,13 +160,27 @@ def gather(value: Any, timeout: float = _DAY) -> list[Any]:
     return [value]
   store, call = _jax_distributed.Store(), next(_calls)
   store.put(f"{call}/{jax.process_index()}", json.dumps(value))
-  texts = [store.get(f"{call}/{i}", timeout) for i in range(count)]
+  end = time.monotonic() + timeout
+  left = lambda: max(0.001, end - time.monotonic())
+  texts = [store.get(f"{call}/{i}", left()) for i in range(count)]
   if missing := [i for i, text in enumerate(texts) if text is None]:
     raise TimeoutError(
       f"processes {missing} did not come within {timeout:g} seconds; see what"
       " they print."
     )
   return [json.loads(text) for text in texts if text is not None]
+
+
+def meet(name: str) -> None:
+  """Waits until all processes are at the place of that name.
+
+  Unlike `wait_for_all` it may be called in a thread beside the main one.
+
+  Args:
+    name: of the place; all processes come there once.
+  """
+  if jax.process_count() > 1:
+    _jax_distributed.Store().meet(name, _DAY)
 
 
 def wait_for_all() -> None:
@@ -196,47 +210,52 @@ def ending_together() -> Iterator[None]:
     wait_for_all()  # JAX's own end waits for minutes only.
   except BaseException as error:
     if not _jax_distributed.Store().meet("all raise", _PATIENCE):
-      traceback.print_exception(error)
-      _end_all(f"{type(error).__name__}: {error}")
+      _end_all(error)
     raise
   finally:
     done.set()
     watch.join()
 
 
-def _end_all(reason: str) -> None:
+def _end_all(error: BaseException) -> None:
   """Tells the others why this process ends, and ends it.
 
   A usual exit would wait for them, who wait for this process.
   """
+  status = getattr(error, "exit_status", 1)  # of an error that is none
+  if status == 1:
+    traceback.print_exception(error)
+    reason = f"failed: {type(error).__name__}: {error}"
+  else:
+    print(f"crcm: {error}", file=sys.stderr)
+    reason = "was asked to stop"
   here = f"process {jax.process_index()} on {socket.gethostname()}"
+  said = [jax.process_index(), f"{here} {reason}", status]
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    _jax_distributed.Store().put(
-      "failure", json.dumps([jax.process_index(), f"{here} failed: {reason}"])
-    )
+    _jax_distributed.Store().put("end", json.dumps(said))
   time.sleep(3 * _WATCH)  # They say why, before they find this one gone.
-  _leave()
+  _leave(status)
 
 
 def _end_with_others(done: threading.Event) -> None:
-  """Ends this process when another one says that it failed."""
+  """Ends this process when another one says that it ends all."""
   store = _jax_distributed.Store()
   while not done.wait(_WATCH):
-    if (text := store.peek("failure")) is None:
+    if (text := store.peek("end")) is None:
       continue
-    process, reason = json.loads(text)
+    process, reason, status = json.loads(text)
     if process != jax.process_index():
       print(f"crcm: stopped, for {reason}", file=sys.stderr)
-      _leave()
+      _leave(status)
 
 
-def _leave() -> None:
+def _leave(status: int) -> None:
   """Ends this process at once; the first one, which keeps the store, last."""
   sys.stdout.flush()
   sys.stderr.flush()
   if is_first_process():
     time.sleep(5 * _WATCH)  # longer than the one that failed waits
-  os._exit(1)
+  os._exit(status)
 
 
 class AnyProcess:

@@ -65,10 +65,11 @@ def _host(
 ) -> None:
   """Lets all others in, then tells them whether they are complete."""
   guests: list[socket.socket] = []
-  verdict = {}
+  verdict: dict[str, Any] = {"error": "it was ended", "late": False}
   with _listen(address) as server:
     try:
       _admit_all(server, guests, num_processes, deadline, timeout)
+      verdict = {}
     except (ValueError, TimeoutError) as error:
       verdict = {"error": str(error), "late": isinstance(error, TimeoutError)}
       raise
@@ -179,7 +180,11 @@ def _hear(of: socket.socket, deadline: float) -> Any:
     left = max(0.0, deadline - time.monotonic())
     if not select.select([of], [], [], left)[0]:
       return None
-    if not (part := of.recv(4096)):
+    try:
+      part = of.recv(4096)
+    except OSError:
+      return None
+    if not part:
       return None
     text += part
   try:

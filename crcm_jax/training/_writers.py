@@ -143,7 +143,7 @@ class TensorBoard:
     """Opens an event file; `from_step` hides later steps of an earlier run."""
     tensorboard = _extras.require("tensorboardX", extra="video")
     self._writer = tensorboard.SummaryWriter(
-      str(folder), purge_step=from_step + 1 if from_step else None
+      str(folder), purge_step=from_step + 1
     )
 
   def scalars(

@@ -215,10 +215,24 @@ def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
     patch.setattr(_data.RandomLatents, "batches", killed)
     with pytest.raises(_loop.Interrupted, match=r"saved at step [12]") as error:
       _loop.train_stage(stage, folders)
-  assert error.value.signal == signal.SIGTERM
+  assert error.value.exit_status == 0
   assert signal.getsignal(signal.SIGTERM) is handler
   assert _loop.train_stage(stage, folders).step == stage.steps
   assert len(lines(folders).splitlines()) == stage.steps
+
+
+def test_a_signal_after_the_last_step_is_not_lost(folders, monkeypatch):
+  stage, save = tiny.stage(steps=2), _loop._Run.save
+
+  def killed(run, step, *arguments):
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    save(run, step, *arguments)
+
+  monkeypatch.setattr(_loop._Run, "save", killed)
+  with pytest.raises(_loop.Interrupted, match="saved at step 2"):
+    _loop.train_stage(stage, folders)
+  assert Checkpoints(folders.experiment / "diffusion").steps()[-1] == 2
 
 
 @pytest.mark.parametrize(

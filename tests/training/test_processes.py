@@ -184,6 +184,19 @@ def test_processes_may_hold_the_same_examples(runs, whole):
 
 
 @pytest.mark.slow
+def test_a_stop_waits_until_the_checkpoint_is_whole(runs):
+  """The others are done long before the first one has hashed its files."""
+  for one in runs.together(
+    2, "run", mesh__data=2, diffusion__steps=5,
+    mishap=("terminate_and_hash_slowly", 1),
+  ):  # fmt: skip
+    assert one.code == 0
+  checkpoints = runs.folder / "run" / "diffusion" / "checkpoints"
+  newest = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  assert (checkpoints / str(newest) / "SHA256SUMS").exists()
+
+
+@pytest.mark.slow
 def test_a_signal_at_the_last_step_stops_all(runs):
   for one in runs.together(
     2, "run", mesh__data=2, diffusion__steps=3, mishap=("terminate", 0)

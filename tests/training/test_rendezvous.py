@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import socket
+import struct
 import time
 
 import processes
@@ -91,8 +92,24 @@ def test_who_is_no_process_of_the_run_is_sent_away(address):
       with _connect(address) as stranger:
         stranger.sendall(text)
         assert stranger.recv(10) == b""
+    reset = struct.pack("ii", 1, 0)  # ends a connection by an error
+    with _connect(address) as stranger:
+      stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
     _rendezvous.meet(address, 2, 1, 20.0)
   assert first.exception() is None
+
+
+def test_the_others_learn_that_the_first_one_was_ended(address, monkeypatch):
+  def admit_and_end(server, guests, *more):
+    guests.append(_rendezvous._accept(server, time.monotonic() + 20))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(_rendezvous, "_admit_all", admit_and_end)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    first = pool.submit(_rendezvous.meet, address, 2, 0, 20.0)
+    with pytest.raises(ValueError, match="process 0 says: it was ended"):
+      _rendezvous.meet(address, 2, 1, 20.0)
+    assert isinstance(first.exception(), KeyboardInterrupt)
 
 
 def _connect(address):

@@ -34,7 +34,7 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def python(*words, **changes):
+def python(*words, start_new_session=False, **changes):
   """Starts Python in a process of its own."""
   return subprocess.Popen(
     [sys.executable, *map(str, words)],
@@ -42,6 +42,7 @@ def python(*words, **changes):
     stderr=subprocess.PIPE,
     text=True,
     env=ENVIRONMENT | changes,
+    start_new_session=start_new_session,
   )
 
 
@@ -171,6 +172,42 @@ def test_every_stage_survives_kills_at_random_moments(kind, tmp_path):
   count = json.loads(line)
   assert count["kills"] == 4
   assert count["lost"] == count["corrupt"] == 0
+
+
+@pytest.mark.slow
+def test_worker_processes_leave_signals_to_the_one_that_trains(tmp_path):
+  """A scheduler signals the whole group; a kill must leave no worker."""
+  config = ROOT / "tests" / "process_config.py"
+  words = ("-m", "crcm_jax.cli", "train", "--config", config)
+  words += ("--workdir", tmp_path / "run", "--data_dir", tmp_path / "data")
+  words += ("--config.loop.data_workers=1", "--config.diffusion.steps=9999")
+  words += ("--config.loop.checkpoint_every=9999",)
+  log = tmp_path / "run" / "diffusion" / "metrics.jsonl"
+
+  def start(steps):
+    process = python(*words, start_new_session=True)
+    while len(read_metrics(log)) < steps:
+      assert process.poll() is None, process.communicate()[1]
+      time.sleep(0.1)
+    return process
+
+  process = start(5)
+  os.killpg(process.pid, signal.SIGTERM)
+  _, error = process.communicate(timeout=120)
+  assert process.returncode == 0, error
+  assert "was stopped and saved at step" in error
+  process = start(len(read_metrics(log)) + 3)
+  process.kill()
+  process.wait()
+  for _ in range(200):
+    try:
+      os.killpg(process.pid, 0)
+    except ProcessLookupError:
+      break
+    time.sleep(0.1)
+  else:
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a worker process is left")
 
 
 DISK = """
