@@ -30,7 +30,8 @@ def get_config(stages="diffusion"):
     ),
     mesh=dict(data=1, fsdp=1, context=1, tensor=1),
     sharding=((".*/(w|kernel)", (None, "fsdp")), (".*", ())),
-    loop=usual["loop"] | dict(sample_every=0, checkpoint_every=3),
+    loop=usual["loop"]
+    | dict(sample_every=0, checkpoint_every=3, data_workers=0),
     matching=tiny.SELF_FORCING,
   )
   config["diffusion"] = tiny.DIFFUSION | dict(steps=6)

@@ -198,7 +198,7 @@ def test_worker_processes_leave_signals_to_the_one_that_trains(tmp_path):
   assert "was stopped and saved at step" in error
   process = start(len(read_metrics(log)) + 3)
   process.kill()
-  process.wait()
+  process.communicate(timeout=60)  # workers hold the pipe, too
   for _ in range(200):
     try:
       os.killpg(process.pid, 0)
