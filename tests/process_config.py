@@ -28,7 +28,7 @@ def get_config(stages="diffusion"):
       train_clips=10,  # two and a half batches: they cross epochs
       test_clips=1,
     ),
-    mesh=dict(data=1, fsdp=1, context=1, tensor=1),
+    mesh=dict(data=1, fsdp=1, context=1, tensor=1, devices=None),
     sharding=((".*/(w|kernel)", (None, "fsdp")), (".*", ())),
     loop=usual["loop"]
     | dict(sample_every=0, checkpoint_every=3, data_workers=0),

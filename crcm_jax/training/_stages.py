@@ -140,15 +140,13 @@ class Loop:
   max_bad_records: int = 10
 
   def __post_init__(self):
-    least = dict.fromkeys(
-      ("log_every", "checkpoint_every", "keep", "micro_batches"), 1
-    )
-    for name, low in {**least, "milestone_every": 0}.items():
-      if getattr(self, name) < low:
+    positive = ("log_every", "checkpoint_every", "keep", "micro_batches")
+    for field in dataclasses.fields(self):
+      low, value = int(field.name in positive), getattr(self, field.name)
+      if value < low:
         raise ValueError(
-          f"`loop.{name}` must be at least {low}; got {getattr(self, name)}."
+          f"`loop.{field.name}` must be at least {low}; got {value}."
         )
-    self.reading()  # refuses negative numbers
 
   def reading(self) -> data.Reading:
     """Returns how a prepared dataset is read."""

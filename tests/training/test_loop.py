@@ -116,7 +116,7 @@ def test_the_loops_settings_reach_the_reader(folders):
   config = tiny.config(loop=loop, data=data)
   stage = _experiment.read_experiment(config).stages["diffusion"]
   assert stage.dataset.reading == Reading(workers=2, max_bad=3)
-  with pytest.raises(ValueError, match=r"`workers` must not be negative"):
+  with pytest.raises(ValueError, match=r"`loop.data_workers` must be at"):
     tiny.stage(loop=dict(data_workers=-1))
 
 

@@ -284,7 +284,7 @@ def test_different_commands_are_an_error_for_all(runs):
 
 @pytest.mark.slow
 def test_a_mesh_must_have_devices_of_every_process(runs):
-  for one in runs.together(2, "run"):
+  for one in runs.together(2, "run", mesh__devices=1):
     assert one.code == 2
     assert re.search(
       r"`mesh` must have devices of every process; .* none of processes \[1\]."

@@ -104,11 +104,12 @@ class _Regression:
       shift=self.ode_shift,
     )
     place = self._places(draws.u, inputs.x_0.shape[1])
-    b, f = (jnp.arange(n) for n in place.shape)
+    which = jnp.broadcast_to(place[..., None, None, None], inputs.x_0.shape)
+    x_t = jax.lax.select_n(which, *pairs.x_t)  # a gather would move examples
     loss, metrics = losses.regression_loss(
       self._student(inputs, draws),
       trainable,
-      pairs.x_t[place, b[:, None], f[None]],
+      x_t,
       jnp.where(jnp.isnan(inputs.x_0), jnp.nan, pairs.x_0),  # bad data
       pairs.t[place],
     )
