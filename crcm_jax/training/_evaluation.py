@@ -151,7 +151,7 @@ def _teachers(
       pattern = None if role == "real" else stage.pattern
       yield Network(
         name,
-        stage.sampling.ode(stage.model, pattern),
+        stage.sampling.ode(stage.networks[role], pattern),
         stage.load_role(role, folder),
         _ode_steps(stage, pattern),
       )

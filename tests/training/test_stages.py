@@ -145,6 +145,27 @@ def test_teachers_and_critic_may_be_larger_than_the_student(trained):
     assert like(new) == like(state)
 
 
+def test_a_larger_teacher_is_evaluated_in_its_own_network(trained):
+  experiment = read(
+    stages=("matching",),
+    matching=tiny.SELF_FORCING
+    | dict(
+      network=dict(width=4),
+      networks=dict(real=dict(width=8)),
+      init=dict(real=str(trained / "diffusion")),
+    ),
+  )
+  teacher = next(_evaluation.networks(experiment, trained))
+  assert teacher.name == "bidirectional"
+  batch = experiment.stages["matching"].dataset.shapes()
+  clips = jax.eval_shape(
+    lambda params, batch: teacher.generate(params, jax.random.key(0), batch),
+    teacher.params,
+    batch,
+  )
+  assert clips.shape == batch.x_0.shape
+
+
 def test_networks_are_of_roles_that_the_stage_has():
   with pytest.raises(ValueError, match=r"`config.matching.networks.teacher`"):
     read(
