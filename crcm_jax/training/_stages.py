@@ -218,9 +218,9 @@ class Stage:
     Raises:
       ValueError: if batch, heads or tokens do not divide by their devices.
     """
-    video = self.dataset.shapes().x_0.shape
+    video, parts = self.dataset.shapes().x_0.shape, self.loop.micro_batches
     for network in (self.model, *self.networks.values()):
-      sharding.check_stage(mesh.shape, network.config, video)
+      sharding.check_stage(mesh.shape, network.config, video, parts)
     return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:

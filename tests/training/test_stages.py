@@ -146,7 +146,7 @@ def test_teachers_and_critic_may_be_larger_than_the_student(trained):
 
 
 def test_a_larger_teacher_is_evaluated_in_its_own_network(trained):
-  experiment = read(
+  config = tiny.config(
     stages=("matching",),
     matching=tiny.SELF_FORCING
     | dict(
@@ -155,6 +155,8 @@ def test_a_larger_teacher_is_evaluated_in_its_own_network(trained):
       init=dict(real=str(trained / "diffusion")),
     ),
   )
+  del config["diffusion"]
+  experiment = _experiment.read_experiment(config)
   teacher = next(_evaluation.networks(experiment, trained))
   assert teacher.name == "bidirectional"
   batch = experiment.stages["matching"].dataset.shapes()

@@ -151,7 +151,9 @@ def arguments(stage: Stage, mesh: Mesh | AbstractMesh) -> Arguments:
     ValueError: if the batch does not divide.
   """
   batch = stage.dataset.shapes()
-  _mesh_checks.check_batch(mesh.shape, batch.x_0.shape[0])
+  _mesh_checks.check_batch(
+    mesh.shape, batch.x_0.shape[0], stage.loop.micro_batches
+  )
   by_rules = lambda tree: _place(tree, sharding.shard(tree, mesh, stage.rules))
   split = sharding.batch_sharding(mesh)
   key = jax.eval_shape(stage.run_key)
