@@ -246,7 +246,7 @@ class Stage:
         alternation=self.alternation,
         ema_rate=self.ema_rate,
         micro_batches=self.loop.micro_batches,
-        copy_dtype=self.copy_dtype,
+        copy_dtype=self.copy_dtypes,
         learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
@@ -254,9 +254,12 @@ class Stage:
     }
 
   @property
-  def copy_dtype(self) -> Any:
-    """Dtype of the copy that networks read; None for none."""
-    return self.model.config.dtype if self.working_copy else None
+  def copy_dtypes(self) -> dict[str, Any]:
+    """Dtype of the copy that each role's network reads: its own."""
+    if not self.working_copy:
+      return {}
+    networks = {"student": self.model, **self.networks}
+    return {role: network.config.dtype for role, network in networks.items()}
 
   def run_key(self) -> PRNGKeyArray:
     """Returns the key of all the training's draws."""
@@ -307,9 +310,13 @@ class Stage:
     )
 
   def _as_read(self, frozen: dict[str, Params]) -> dict[str, Params]:
-    if self.copy_dtype is None:
+    dtypes = self.copy_dtypes
+    if not dtypes:
       return frozen
-    return models.working_copy(frozen, self.copy_dtype)
+    return {
+      role: models.working_copy(params, dtypes[role])
+      for role, params in frozen.items()
+    }
 
   def load_role(self, role: str, experiment: pathlib.Path) -> Params:
     """Loads the network that plays a role from its source.
