@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from crcm_jax.training._config import did_you_mean
 from crcm_jax.training._rules import AXES, BATCH
 
 
@@ -32,6 +33,17 @@ def fill(sizes: Mapping[str, int | None], devices: int) -> dict[str, int]:
       " take the devices that the others leave, or `mesh.devices` to use fewer."
     )
   return filled
+
+
+def check_axes(sizes: Mapping[str, int | None]) -> None:
+  """Raises ValueError if a mesh has other keys than `make_mesh` takes."""
+  known = (*AXES, "devices")
+  for axis in sizes:
+    if axis not in known:
+      raise ValueError(
+        f"`mesh.{axis}` is no axis{did_you_mean(axis, known)}; a mesh takes"
+        f" {[*known]}."
+      )
 
 
 def splits_batch(mesh: Mapping[str, int], batch: int) -> bool:

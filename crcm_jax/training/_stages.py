@@ -454,7 +454,7 @@ def read_stage(
     init=_sources(section.section("init"), kind),
     sampling=sampling,
     loop=loop,
-    mesh=section.take("mesh", {}),
+    mesh=section.section("mesh").settings_of(sharding.make_mesh),
     rules=sharding.read_rules(section.take("sharding", "wan")),
   )
   section.check_all_read()

@@ -49,6 +49,20 @@ def read(**changes):
       dict(diffusion=tiny.DIFFUSION | dict(critic_optimizer=dict())),
       r"`config.diffusion.critic_optimizer`",
     ),
+    (
+      dict(mesh=dict(fdsp=2)),
+      r"`config.diffusion.mesh.fdsp` is not a setting of `make_mesh` \(did you"
+      r" mean `fsdp`\?\); it takes \['data', 'fsdp', 'context', 'tensor', 'de",
+    ),
+    (
+      dict(sharding=((".*kernel", (None, "fdsp")), (".*", ()))),
+      r"`config.sharding` must split .* got 'fdsp' in the rule of '.\*kernel'"
+      r" \(did you mean `fsdp`\?\)",
+    ),
+    (
+      dict(sharding=dict(student=((".*", (("data", "fsd"),)),))),
+      r"`config.sharding` must split .* got 'fsd'",
+    ),
     (dict(stages=("difusion",)), r"`config.difusion` is missing.*`diffusion`"),
     (
       dict(diffusion=tiny.DIFFUSION | dict(objective=dict(name="tf"))),

@@ -100,8 +100,10 @@ def mesh_shape(
       and `data` what the others leave.
 
   Raises:
-    ValueError: if they are not as many as the topology has.
+    ValueError: if they are not as many as the topology has, or there is no
+      such axis.
   """
+  _mesh_checks.check_axes(shape)
   sizes = {axis: shape.get(axis, 1) for axis in sharding.AXES}
   return _mesh_checks.fill(
     sizes | {"data": shape.get("data")}, topology.devices
