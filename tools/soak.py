@@ -145,15 +145,19 @@ class Ready(training.Stage):
     """Returns the shapes and dtypes of the state."""
     return self.kept.shapes
 
-  def init_state(self, workdir: pathlib.Path) -> Any:
+  def frozen_shapes(self) -> Any:
+    """Returns what has the frozen networks' shapes."""
+    return self.kept.frozen
+
+  def init_state(self, workdir: pathlib.Path, shardings: Any = None) -> Any:
     """Returns the state to start from."""
     del workdir
-    return jax.device_put(self.kept.first)
+    return jax.device_put(self.kept.first, shardings)
 
-  def load_frozen(self, workdir: pathlib.Path) -> Any:
+  def load_frozen(self, workdir: pathlib.Path, shardings: Any = None) -> Any:
     """Returns the frozen networks."""
     del workdir
-    return jax.device_put(self.kept.frozen)
+    return jax.device_put(self.kept.frozen, shardings)
 
   def train_steps(self, shardings: Any = None) -> Any:
     """Loads the compiled steps."""

@@ -61,6 +61,14 @@ def load_params(
     ValueError: if the file is not whole, not one of `save_params`, or
       contradicts `expect`.
   """
+  params, about = read_params(path, expect=expect)
+  return jax.tree.map(lambda a: jnp.asarray(a, dtype or a.dtype), params), about
+
+
+def read_params(
+  path: str | os.PathLike[str], *, expect: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads as `load_params`, into NumPy arrays: no device holds them."""
   file = open_tensors(pathlib.Path(path))
   if METADATA not in file.metadata:
     raise ValueError(
@@ -69,8 +77,7 @@ def load_params(
     )
   about = json.loads(file.metadata[METADATA])
   check_about(about, expect)
-  cast = lambda a: jnp.asarray(a, dtype or a.dtype)
-  flat = {name: cast(tensor.read()) for name, tensor in file.tensors.items()}
+  flat = {name: tensor.read() for name, tensor in file.tensors.items()}
   return unflatten(flat), about
 
 

@@ -130,7 +130,7 @@ def networks(experiment: Experiment, folder: pathlib.Path) -> Iterator[Network]:
     yield Network(
       stage.name,
       stage.sampler(),
-      stage.load(stage.name, folder),
+      jax.device_put(stage.load(stage.name, folder)),
       _few_steps(stage)
       if stage.kind.few_step
       else _ode_steps(stage, stage.pattern),
@@ -152,7 +152,7 @@ def _teachers(
       yield Network(
         name,
         stage.sampling.ode(stage.networks[role], pattern),
-        stage.load_role(role, folder),
+        jax.device_put(stage.load_role(role, folder)),
         _ode_steps(stage, pattern),
       )
 
