@@ -141,6 +141,11 @@ class Ready(training.Stage):
 
   kept: Kept
 
+  def on(self, mesh: Any) -> "Ready":
+    """Returns this stage, whose steps are compiled for one device."""
+    del mesh
+    return self
+
   def state_shapes(self) -> Any:
     """Returns the shapes and dtypes of the state."""
     return self.kept.shapes
