@@ -126,13 +126,13 @@ class Kept(NamedTuple):
     shapes: of the state.
     first: the state to start from, NumPy arrays.
     frozen: the frozen networks, NumPy arrays.
-    programs: of each phase, the compiled step and the names of its metrics.
+    programs: of each phase, the compiled step, and zeros for its metrics.
   """
 
   shapes: Any
   first: Any
   frozen: Any
-  programs: dict[Any, tuple[bytes, list[str]]]
+  programs: dict[Any, tuple[bytes, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,8 +171,8 @@ class Ready(training.Stage):
     state = self.kept.shapes
     taken = jax.tree.structure(((state, self.kept.frozen, batch, 0), {}))
     steps = {}
-    for phase, (program, names) in self.kept.programs.items():
-      given = jax.tree.structure((state, dict.fromkeys(names, 0)))
+    for phase, (program, metrics) in self.kept.programs.items():
+      given = jax.tree.structure((state, metrics))
       run = serialize_executable.deserialize_and_load(program, taken, given)
       steps[phase] = run
     return steps
@@ -195,7 +195,7 @@ def keep(stage: training.Stage, experiment: pathlib.Path) -> Kept:
   ).items():
     lowered = step.lower(like, placed, batch, stage.run_key())
     program, _, _ = serialize_executable.serialize(lowered.compile())
-    programs[phase] = program, sorted(lowered.out_info[1])
+    programs[phase] = program, jax.tree.map(lambda _: 0, lowered.out_info[1])
   first, frozen = jax.device_get((first, frozen))
   return Kept(stage.state_shapes(), first, frozen, programs)
 
