@@ -126,13 +126,13 @@ class Kept(NamedTuple):
     shapes: of the state.
     first: the state to start from, NumPy arrays.
     frozen: the frozen networks, NumPy arrays.
-    programs: of each phase, the compiled step and the names of its metrics.
+    programs: of each phase, the compiled step, and zeros for its metrics.
   """
 
   shapes: Any
   first: Any
   frozen: Any
-  programs: dict[Any, tuple[bytes, list[str]]]
+  programs: dict[Any, tuple[bytes, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,19 +141,28 @@ class Ready(training.Stage):
 
   kept: Kept
 
+  def on(self, mesh: Any) -> "Ready":
+    """Returns this stage, whose steps are compiled for one device."""
+    del mesh
+    return self
+
   def state_shapes(self) -> Any:
     """Returns the shapes and dtypes of the state."""
     return self.kept.shapes
 
-  def init_state(self, workdir: pathlib.Path) -> Any:
+  def frozen_shapes(self) -> Any:
+    """Returns what has the frozen networks' shapes."""
+    return self.kept.frozen
+
+  def init_state(self, workdir: pathlib.Path, shardings: Any = None) -> Any:
     """Returns the state to start from."""
     del workdir
-    return jax.device_put(self.kept.first)
+    return jax.device_put(self.kept.first, shardings)
 
-  def load_frozen(self, workdir: pathlib.Path) -> Any:
+  def load_frozen(self, workdir: pathlib.Path, shardings: Any = None) -> Any:
     """Returns the frozen networks."""
     del workdir
-    return jax.device_put(self.kept.frozen)
+    return jax.device_put(self.kept.frozen, shardings)
 
   def train_steps(self, shardings: Any = None) -> Any:
     """Loads the compiled steps."""
@@ -162,8 +171,8 @@ class Ready(training.Stage):
     state = self.kept.shapes
     taken = jax.tree.structure(((state, self.kept.frozen, batch, 0), {}))
     steps = {}
-    for phase, (program, names) in self.kept.programs.items():
-      given = jax.tree.structure((state, dict.fromkeys(names, 0)))
+    for phase, (program, metrics) in self.kept.programs.items():
+      given = jax.tree.structure((state, metrics))
       run = serialize_executable.deserialize_and_load(program, taken, given)
       steps[phase] = run
     return steps
@@ -186,7 +195,7 @@ def keep(stage: training.Stage, experiment: pathlib.Path) -> Kept:
   ).items():
     lowered = step.lower(like, placed, batch, stage.run_key())
     program, _, _ = serialize_executable.serialize(lowered.compile())
-    programs[phase] = program, sorted(lowered.out_info[1])
+    programs[phase] = program, jax.tree.map(lambda _: 0, lowered.out_info[1])
   first, frozen = jax.device_get((first, frozen))
   return Kept(stage.state_shapes(), first, frozen, programs)
 

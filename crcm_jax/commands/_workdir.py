@@ -28,8 +28,8 @@ def clip_maker(
   """
   origin = _networks.load_source(_of_last_stage(source), workdir=pathlib.Path())
   stage = _stages.stage_of(origin)
-  params = _networks.adopt(
-    origin, stage.model, pattern=stage.pattern, name="SOURCE"
+  params = jax.device_put(
+    _networks.adopt(origin, stage.model, pattern=stage.pattern, name="SOURCE")
   )
   sampler = stage.sampler()
 

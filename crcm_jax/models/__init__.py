@@ -2,6 +2,7 @@
 
 from crcm_jax.models._cache import Cache as Cache
 from crcm_jax.models._checkpoint import load_params as load_params
+from crcm_jax.models._checkpoint import read_params as read_params
 from crcm_jax.models._checkpoint import save_params as save_params
 from crcm_jax.models._chunk_model import WanChunks as WanChunks
 from crcm_jax.models._conditioning import Conditioning as Conditioning

@@ -7,7 +7,7 @@ moved there when complete, so that a crash never leaves half a file.
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +61,34 @@ def load_params(
     ValueError: if the file is not whole, not one of `save_params`, or
       contradicts `expect`.
   """
+  return _read(path, expect, lambda a: jnp.asarray(a, dtype or a.dtype))
+
+
+def read_params(
+  path: str | os.PathLike[str], *, expect: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads what `save_params` wrote into NumPy arrays: no device holds it.
+
+  Args:
+    path: the file.
+    expect: as for `load_params`.
+
+  Returns:
+    The parameters in the stored dtype, and their metadata.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: as `load_params`.
+  """
+  return _read(path, expect, lambda a: a)
+
+
+def _read(
+  path: str | os.PathLike[str],
+  expect: Mapping[str, Any] | None,
+  cast: Callable[[Any], Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads one tensor after another, each cast before the next."""
   file = open_tensors(pathlib.Path(path))
   if METADATA not in file.metadata:
     raise ValueError(
@@ -69,7 +97,6 @@ def load_params(
     )
   about = json.loads(file.metadata[METADATA])
   check_about(about, expect)
-  cast = lambda a: jnp.asarray(a, dtype or a.dtype)
   flat = {name: cast(tensor.read()) for name, tensor in file.tensors.items()}
   return unflatten(flat), about
 

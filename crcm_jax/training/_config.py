@@ -71,7 +71,7 @@ def _override(config: ml_collections.ConfigDict, change: str) -> None:
   if not equals or key not in known:
     raise ValueError(
       f"`--config.{change}` must be `--config.KEY=VALUE` with a key of the"
-      f" config{_did_you_mean(key, known)}."
+      f" config{did_you_mean(key, known)}."
     )
   *parents, name = key.split(".")
   section: Any = config
@@ -122,7 +122,7 @@ class Section:
     if key not in self:
       raise ValueError(
         f"`{self._name}.{key}` is missing; the section has"
-        f" {sorted(self._values)}{_did_you_mean(key, self._values)}."
+        f" {sorted(self._values)}{did_you_mean(key, self._values)}."
       )
     self._read.add(key)
     return self._values[key]
@@ -156,16 +156,7 @@ class Section:
       ValueError: if a key is not an argument of the function, naming the
         nearest one that is; or if an argument without default is missing.
     """
-    keys = [key for key in self._values if key not in self._read]
-    takes = _keywords(function)
-    free = [name for name in takes if name not in more]
-    for key in keys:
-      if takes and key not in free:
-        raise ValueError(
-          f"`{self._name}.{key}` is not a setting of"
-          f" `{function.__name__}`{_did_you_mean(key, free)}; it takes {free}."
-        )
-    settings = {key: self.take(key) for key in keys}
+    settings = self.settings_of(function, more)
     signature = inspect.signature(function)
     try:
       signature.bind(*args, **settings, **more)
@@ -176,13 +167,37 @@ class Section:
       ) from error
     return function(*args, **settings, **more)
 
+  def settings_of(
+    self, function: Callable[..., Any], more: Iterable[str] = ()
+  ) -> dict[str, Any]:
+    """Returns all keys not read yet, if `function` takes them.
+
+    Args:
+      function: what shall be called with them.
+      more: names of its arguments that the section may not hold.
+
+    Raises:
+      ValueError: if a key is not an argument of the function, naming the
+        nearest one that is.
+    """
+    keys = [key for key in self._values if key not in self._read]
+    takes = _keywords(function)
+    free = [name for name in takes if name not in more]
+    for key in keys:
+      if takes and key not in free:
+        raise ValueError(
+          f"`{self._name}.{key}` is not a setting of"
+          f" `{function.__name__}`{did_you_mean(key, free)}; it takes {free}."
+        )
+    return {key: self.take(key) for key in keys}
+
   def choose(self, choices: Mapping[str, Any]) -> Any:
     """Returns the entry of `choices` that the key `name` names."""
     name = self["name"]
     if name not in choices:
       raise ValueError(
         f"`{self._name}.name` must be one of {sorted(choices)}; got"
-        f" {name!r}{_did_you_mean(name, choices)}."
+        f" {name!r}{did_you_mean(name, choices)}."
       )
     return choices[name]
 
@@ -195,7 +210,7 @@ class Section:
     names = []
     for key, value in self._values.items():
       if key not in self._read:
-        names.append(f"`{self._name}.{key}`{_did_you_mean(key, self._asked)}")
+        names.append(f"`{self._name}.{key}`{did_you_mean(key, self._asked)}")
       elif isinstance(value, Section):
         names.extend(value.unread())
     return names
@@ -231,7 +246,8 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
   return [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
 
 
-def _did_you_mean(key: str, known: Iterable[str]) -> str:
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+  """Returns the end of a message that names the nearest key, if one is near."""
   near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
   return f" (did you mean `{near[0]}`?)" if near else ""
 

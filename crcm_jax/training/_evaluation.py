@@ -130,7 +130,7 @@ def networks(experiment: Experiment, folder: pathlib.Path) -> Iterator[Network]:
     yield Network(
       stage.name,
       stage.sampler(),
-      stage.load(stage.name, folder),
+      jax.device_put(stage.load(stage.name, folder)),
       _few_steps(stage)
       if stage.kind.few_step
       else _ode_steps(stage, stage.pattern),
@@ -151,8 +151,8 @@ def _teachers(
       pattern = None if role == "real" else stage.pattern
       yield Network(
         name,
-        stage.sampling.ode(stage.model, pattern),
-        stage.load_role(role, folder),
+        stage.sampling.ode(stage.networks[role], pattern),
+        jax.device_put(stage.load_role(role, folder)),
         _ode_steps(stage, pattern),
       )
 

@@ -103,14 +103,14 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
-    state, latest = stage.init_state(folders.experiment), {}
-    state = sharding.place(state, jax.tree.map(lambda a: a.sharding, like))
+    where = jax.tree.map(lambda a: a.sharding, like)
+    state, latest = stage.init_state(folders.experiment, where), {}
   else:
     state, latest = restored.state, restored.metrics
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
-  frozen = stage.load_frozen(folders.experiment)
-  frozen = sharding.place(frozen, sharding.shard(frozen, mesh, stage.rules))
+  where = sharding.shard(stage.frozen_shapes(), mesh, stage.rules)
+  frozen = stage.load_frozen(folders.experiment, where)
 
   first = int(state.step)
   _describe(stage, workdir, like, frozen)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from crcm_jax.training._config import did_you_mean
 from crcm_jax.training._rules import AXES, BATCH
 
 
@@ -34,19 +35,51 @@ def fill(sizes: Mapping[str, int | None], devices: int) -> dict[str, int]:
   return filled
 
 
+def check_axes(sizes: Mapping[str, int | None]) -> None:
+  """Raises ValueError if a mesh has other keys than `make_mesh` takes."""
+  known = (*AXES, "devices")
+  for axis in sizes:
+    if axis not in known:
+      raise ValueError(
+        f"`mesh.{axis}` is no axis{did_you_mean(axis, known)}; a mesh takes"
+        f" {[*known]}."
+      )
+
+
 def splits_batch(mesh: Mapping[str, int], batch: int) -> bool:
   """Whether examples divide by the devices that they are split over."""
   return batch % math.prod(mesh[axis] for axis in BATCH) == 0
 
 
-def check_batch(mesh: Mapping[str, int], batch: int) -> None:
-  """Raises ValueError if examples do not divide by data x fsdp."""
+def check_batch(
+  mesh: Mapping[str, int], batch: int, micro_batches: int = 1
+) -> None:
+  """Raises ValueError if examples do not divide by data x fsdp.
+
+  Those of each micro-batch must too: every device would compute all of one
+  that does not.
+  """
+  data, fsdp = (mesh[axis] for axis in BATCH)
+  if batch % micro_batches:
+    raise ValueError(
+      f"`loop.micro_batches` must divide `data.batch_size`, {batch}; got"
+      f" {micro_batches}. Choose one of its divisors, or another batch."
+    )
   if not splits_batch(mesh, batch):
-    data, fsdp = (mesh[axis] for axis in BATCH)
     raise ValueError(
       f"`data.batch_size` must divide by the devices of `mesh.data` x"
       f" `mesh.fsdp`, {data} x {fsdp} = {data * fsdp}; got {batch}. Change the"
       " batch, or give devices to `mesh.context` or `mesh.tensor` instead."
+    )
+  each = batch // micro_batches
+  if not splits_batch(mesh, each):
+    most = batch // (data * fsdp)
+    raise ValueError(
+      "`loop.micro_batches` must leave each micro-batch examples that divide by"
+      f" the devices of `mesh.data` x `mesh.fsdp`, {data} x {fsdp} ="
+      f" {data * fsdp}; got {micro_batches}, of {each} examples each. Set it to"
+      f" {most} or a divisor of that, make `data.batch_size` (now {batch})"
+      " larger, or give devices to `mesh.context` or `mesh.tensor` instead."
     )
 
 
@@ -72,12 +105,20 @@ def check_tokens(mesh: Mapping[str, int], tokens: int) -> None:
     )
 
 
-def check_stage(mesh: Mapping[str, int], config: Any, shape: Any) -> None:
+def check_stage(
+  mesh: Mapping[str, int], config: Any, shape: Any, micro_batches: int = 1
+) -> None:
   """Checks a network and the latents `[b f h w c]` that it is trained on.
+
+  Args:
+    mesh: devices along each axis.
+    config: of the network.
+    shape: of the latents of a whole batch.
+    micro_batches: parts that a step takes one after another.
 
   Raises:
     ValueError: if they do not divide by the devices they are split over.
   """
-  check_batch(mesh, shape[0])
+  check_batch(mesh, shape[0], micro_batches)
   check_heads(mesh, config.heads)
   check_tokens(mesh, config.tokens_per_frame(*shape[2:4]))

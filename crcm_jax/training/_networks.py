@@ -9,6 +9,7 @@ safetensors file. Without more, it is the moving average of the newest
 checkpoint.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import crcm_jax
 from crcm_jax import models
@@ -91,7 +93,7 @@ def load_source(
     stages: names of the experiment's stages.
 
   Returns:
-    The parameters, in the dtype they were stored in.
+    The parameters as NumPy arrays, in the dtype they were stored in.
 
   Raises:
     ValueError: if there is nothing of that name, or no such checkpoint.
@@ -101,7 +103,7 @@ def load_source(
     return _from_workdir(workdir / source.where, source)
   path = find(source.where)
   if path.suffix == ".safetensors":
-    params, about = models.load_params(path)
+    params, about = models.read_params(path)
     return Origin(params, _pattern(about), about)
   return _from_workdir(path, source)
 
@@ -132,9 +134,8 @@ def _from_workdir(workdir: pathlib.Path, source: Source) -> Origin:
       f"{str(workdir)!r} must be the workdir of a stage that was trained; it"
       " has no checkpoints. Train that stage first."
     )
-  checkpoints = Checkpoints(workdir)
-  restored = checkpoints.read(source.step)
-  checkpoints.close()
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    restored = checkpoints.read(source.step)
   key = {"ema": "ema", "live": "student"}[source.which]
   about = {"at_step": restored.step, **restored.config}
   return Origin(restored.state[key], _pattern(about), about)
@@ -176,8 +177,9 @@ def adopt(
     name: the config key to name in messages.
 
   Returns:
-    The parameters in the network's dtype; those of a second time input are
-    added where the network has one and the parameters are of one without.
+    The parameters in the network's dtype, as NumPy arrays, since one device
+    may not hold them all; those of a second time input are added where the
+    network has one and the parameters are of one without.
 
   Raises:
     ValueError: if they were trained for another chunk pattern (a
@@ -208,7 +210,7 @@ def adopt(
         f" {given[path].shape}."
       )
   return jax.tree.map(
-    lambda leaf, like: jnp.asarray(leaf, like.dtype),
+    lambda leaf, like: np.asarray(leaf, like.dtype),
     params,
     param_shapes(model),
   )

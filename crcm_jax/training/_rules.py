@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from crcm_jax.training._config import did_you_mean
+
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 """The axes that split examples."""
@@ -88,12 +90,14 @@ def read_rules(setting: Any) -> Rules:
       of the parameters' own paths, and the roles left out have `WAN_RULES`.
 
   Raises:
-    ValueError: if there is no such set or role.
+    ValueError: if there is no such set, role or mesh axis.
   """
   if isinstance(setting, str):
     return _one_of(NAMED, setting, "config.sharding")
   if not isinstance(setting, Mapping):
-    return tuple((pattern, tuple(axes)) for pattern, axes in setting)
+    return tuple(
+      (pattern, _read_axes(pattern, axes)) for pattern, axes in setting
+    )
   rules = []
   for role, of_role in setting.items():
     start = _one_of(ROLES, role, "config.sharding")
@@ -102,6 +106,19 @@ def read_rules(setting: Any) -> Rules:
       for pattern, axes in read_rules(of_role)
     ]
   return (*rules, *WAN_RULES)
+
+
+def _read_axes(pattern: str, axes: Axes) -> Axes:
+  for of_dimension in axes:
+    one = isinstance(of_dimension, str)
+    for axis in (of_dimension,) if one else of_dimension or ():
+      if axis not in AXES:
+        raise ValueError(
+          "`config.sharding` must split dimensions by axes of the mesh,"
+          f" {[*AXES]}, or None; got {axis!r} in the rule of"
+          f" {pattern!r}{did_you_mean(str(axis), AXES)}."
+        )
+  return tuple(axes)
 
 
 def _one_of(choices: Mapping[str, Any], name: str, what: str) -> Any:

@@ -36,6 +36,7 @@ The objective `joint` adds up others, each from its own iteration on:
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -216,9 +217,9 @@ class Stage:
     Raises:
       ValueError: if batch, heads or tokens do not divide by their devices.
     """
-    video = self.dataset.shapes().x_0.shape
+    video, parts = self.dataset.shapes().x_0.shape, self.loop.micro_batches
     for network in (self.model, *self.networks.values()):
-      sharding.check_stage(mesh.shape, network.config, video)
+      sharding.check_stage(mesh.shape, network.config, video, parts)
     return read_stage(self.name, self.config, self.stages, mesh)
 
   def phase(self, iteration: int) -> Phase:
@@ -244,7 +245,7 @@ class Stage:
         alternation=self.alternation,
         ema_rate=self.ema_rate,
         micro_batches=self.loop.micro_batches,
-        copy_dtype=self.copy_dtype,
+        copy_dtype=self.copy_dtypes,
         learning_rate=self.learning_rates[phase],
         shardings=shardings,
       )
@@ -252,9 +253,12 @@ class Stage:
     }
 
   @property
-  def copy_dtype(self) -> Any:
-    """Dtype of the copy that networks read; None for none."""
-    return self.model.config.dtype if self.working_copy else None
+  def copy_dtypes(self) -> dict[str, Any]:
+    """Dtype of the copy that each role's network reads: its own."""
+    if not self.working_copy:
+      return {}
+    networks = {"student": self.model, **self.networks}
+    return {role: network.config.dtype for role, network in networks.items()}
 
   def run_key(self) -> PRNGKeyArray:
     """Returns the key of all the training's draws."""
@@ -279,38 +283,72 @@ class Stage:
       role: _networks.param_shapes(self.networks[role])
       for role in self.kind.frozen
     }
-    return jax.eval_shape(self._as_read, shapes)
+    return {
+      role: jax.eval_shape(
+        functools.partial(_as_read, dtype=self.copy_dtypes.get(role)), params
+      )
+      for role, params in shapes.items()
+    }
 
-  def init_state(self, experiment: pathlib.Path) -> TrainState:
+  def init_state(
+    self, experiment: pathlib.Path, shardings: Any = None
+  ) -> TrainState:
     """Returns the state before the first iteration.
 
     Args:
       experiment: folder of the experiment, with the workdirs of its stages.
+      shardings: a `TrainState` of where its arrays shall live, so that no
+        device need hold more than its part; None for JAX's default device.
 
     Raises:
       ValueError: if a source is missing or does not fit.
     """
+    of_student = None if shardings is None else shardings.student
     if "student" in self.init:
-      student = self.load_role("student", experiment)
+      student = self._placed("student", experiment, of_student)
     else:
+      student = self._drawn(of_student)
+    fake = None
+    if self.kind.critic:
+      of_fake = None if shardings is None else shardings.fake
+      fake = self._placed("fake", experiment, of_fake)
+    build = lambda student, fake: self._state(student, fake)
+    return jax.jit(build, out_shardings=shardings)(student, fake)
+
+  def load_frozen(
+    self, experiment: pathlib.Path, shardings: Any = None
+  ) -> dict[str, Params]:
+    """Returns the parameters that the objectives need and do not train.
+
+    Args:
+      experiment: folder of the experiment.
+      shardings: where they shall live; None for JAX's default device.
+    """
+    frozen = {}
+    for role in self.kind.frozen:
+      where = None if shardings is None else shardings[role]
+      params = self._placed(role, experiment, where)
+      read = functools.partial(_as_read, dtype=self.copy_dtypes.get(role))
+      frozen[role] = jax.jit(read, out_shardings=where)(params)
+    return frozen
+
+  def _drawn(self, where: Any) -> Params:
+    """Returns a fresh student: the same numbers wherever they shall live."""
+
+    def draw() -> Params:
       key = jax.random.fold_in(jax.random.key(self.seed), 0)
-      student = _networks.init_params(self.model, key)
-    fake = self.load_role("fake", experiment) if self.kind.critic else None
-    return self._state(student, fake)
+      return _networks.init_params(self.model, key)
 
-  def load_frozen(self, experiment: pathlib.Path) -> dict[str, Params]:
-    """Returns the parameters that the objectives need and do not train."""
-    return self._as_read(
-      {role: self.load_role(role, experiment) for role in self.kind.frozen}
-    )
+    return jax.jit(draw, out_shardings=where)()
 
-  def _as_read(self, frozen: dict[str, Params]) -> dict[str, Params]:
-    if self.copy_dtype is None:
-      return frozen
-    return models.working_copy(frozen, self.copy_dtype)
+  def _placed(self, role: str, experiment: pathlib.Path, where: Any) -> Params:
+    params = self.load_role(role, experiment)
+    if where is None:
+      return jax.device_put(params)
+    return sharding.place(params, where)
 
   def load_role(self, role: str, experiment: pathlib.Path) -> Params:
-    """Loads the network that plays a role from its source.
+    """Loads the network that plays a role from its source, as NumPy arrays.
 
     Args:
       role: a key of `init`.
@@ -328,7 +366,7 @@ class Stage:
     )
 
   def load(self, source: str, experiment: pathlib.Path) -> Params:
-    """Loads this stage's network, as trained.
+    """Loads this stage's network, as trained, as NumPy arrays.
 
     Args:
       source: the stage's name, or another source of its parameters.
@@ -366,6 +404,10 @@ class Stage:
       fake=fake,
       fake_optimizer=self.optimizers.get("critic"),
     )
+
+
+def _as_read(params: Params, dtype: Any) -> Params:
+  return params if dtype is None else models.working_copy(params, dtype)
 
 
 def read_stage(
@@ -445,7 +487,7 @@ def read_stage(
     init=_sources(section.section("init"), kind),
     sampling=sampling,
     loop=loop,
-    mesh=section.take("mesh", {}),
+    mesh=section.section("mesh").settings_of(sharding.make_mesh),
     rules=sharding.read_rules(section.take("sharding", "wan")),
   )
   section.check_all_read()

@@ -80,7 +80,9 @@ def make_train_step(
     micro_batches: parts of a batch, whose gradients are added up: the step of
       the whole batch in the memory of one part.
     copy_dtype: dtype of the copy of their matrices that networks read
-      (`models.working_copy`); the state keeps the masters. None for no copy.
+      (`models.working_copy`); the state keeps the masters. None for no copy;
+      or one for each role ("student", "fake", "teacher", "real"), those left
+      out having none.
     learning_rate: the optimizer's schedule, to be shown among the metrics.
     shardings: where state, frozen parameters and batch live.
 
@@ -97,6 +99,7 @@ def make_train_step(
     raise ValueError(f'`phase` must be "student" or "critic"; got {phase!r}.')
   alternation = alternation or Alternation()
   exponent = ema_exponent(ema_rate)
+  trains = {"student": "student", "critic": "fake"}[phase]
   advance = {"student": _advance_student, "critic": _advance_critic}[phase]
 
   def step(state, frozen, batch, key):
@@ -104,12 +107,15 @@ def make_train_step(
     step_key = jax.random.fold_in(key, state.step)
     draw = lambda batch: objective.draws(step_key, batch, counters)
     trained, opt_state, frozen = _roles(phase, state, frozen)
-    read = {role: _copy(params, copy_dtype) for role, params in frozen.items()}
+    read = {
+      role: _copy(params, _of_role(copy_dtype, role))
+      for role, params in frozen.items()
+    }
     (loss, metrics), grads = _accumulate.gradient(
       lambda params, batch, draws: objective.loss(
         params, read, batch, draws, counters
       ),
-      _copy(trained, copy_dtype),
+      _copy(trained, _of_role(copy_dtype, trains)),
       batch,
       draw(batch),
       draw=draw,
@@ -135,6 +141,11 @@ def make_train_step(
     in_shardings=(s.state, s.frozen, s.batch, None),
     out_shardings=(s.state, None),
   )
+
+
+def _of_role(copy_dtype: Any, role: str) -> Any:
+  is_each = isinstance(copy_dtype, Mapping)
+  return copy_dtype.get(role) if is_each else copy_dtype
 
 
 def _copy(params: Params, dtype: Any) -> Params:

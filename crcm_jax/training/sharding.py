@@ -160,9 +160,10 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-  """Puts arrays that every process has whole where they shall live."""
-  if jax.process_count() == 1:
-    return jax.device_put(tree, shardings)
+  """Puts arrays that every process has whole where they shall live.
+
+  Each device is sent its part alone: none need hold a whole array.
+  """
 
   def one(leaf: Any, where: NamedSharding) -> jax.Array:
     whole = np.asarray(leaf)

@@ -278,6 +278,39 @@ def test_tiny_updates_are_not_lost_beside_a_working_copy(micro_batches):
   assert lost.student["blocks"]["ffn"]["kernel"] == 1
 
 
+@pytest.mark.parametrize(
+  ("copy_dtype", "narrow"),
+  [({"student": "bfloat16"}, 1), ({"teacher": "bfloat16"}, 0), ({}, 0)],
+)
+def test_each_role_has_a_copy_of_its_own(copy_dtype, narrow):
+  optimizer = optax.sgd(1e-4)
+  step = training.make_train_step(Slope(), optimizer, copy_dtype=copy_dtype)
+  state = training.init_state(
+    {"blocks": {"ffn": {"kernel": jnp.ones((1,), jnp.float32)}}}, optimizer
+  )
+  _, metrics = step(state, {}, _batch(), KEY)
+  assert metrics["narrow"] == narrow
+
+
+def test_networks_of_another_dtype_are_read_in_it(tmp_path):
+  made = tiny.stage(
+    **tiny.SELF_FORCING
+    | dict(init=dict(real=str(tmp_path / "real.safetensors"))),
+    network=dict(dtype="bfloat16"),
+    networks=dict(real=dict(dtype="float32"), fake=dict(dtype="bfloat16")),
+    working_copy=True,
+  )
+  dtypes = dict(student="bfloat16", real="float32", fake="bfloat16")
+  assert made.copy_dtypes == dtypes
+  params = jax.tree.map(
+    lambda a: jnp.ones(a.shape, a.dtype), made.state_shapes().student
+  )
+  models.save_params(tmp_path / "real.safetensors", params, {})
+  for frozen in (made.load_frozen(tmp_path), made.frozen_shapes()):
+    up = frozen["real"]["blocks"]["ffn"]["up"]["kernel"]
+    assert up.dtype == jnp.float32
+
+
 def test_a_stage_keeps_frozen_networks_as_they_are_read(tmp_path):
   made = tiny.stage(
     network=dict(dtype="bfloat16"),

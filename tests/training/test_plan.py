@@ -175,6 +175,9 @@ def test_data_is_what_the_other_axes_leave():
   for wrong in (dict(fsdp=3), dict(data=1, fsdp=4), dict(tensor=16)):
     with pytest.raises(ValueError, match="to the number of devices, 8"):
       plan.mesh_shape(eight, wrong)
+  message = r"`mesh.fdsp` is no axis \(did you mean `fsdp`\?\)"
+  with pytest.raises(ValueError, match=message):
+    plan.mesh_shape(eight, dict(fdsp=2))
 
 
 def test_the_batch_must_divide():

@@ -112,6 +112,32 @@ def test_sizes_must_divide_by_their_devices(mesh, message):
     sharding.check_stage(whole | mesh, WAN, VIDEO)
 
 
+@pytest.mark.parametrize(
+  ("micro_batches", "data", "message"),
+  [
+    (3, 1, r"`loop.micro_batches` must divide `data.batch_size`, 8; got 3. Ch"),
+    (
+      4,
+      4,
+      r"`loop.micro_batches` must leave .* 4 x 1 = 4; got 4, of 2 examples"
+      r" each. Set it to 2 or a divisor",
+    ),
+  ],
+)
+def test_every_micro_batch_must_divide_too(micro_batches, data, message):
+  mesh = dict.fromkeys(sharding.AXES, 1) | dict(data=data)
+  sharding.check_stage(mesh, WAN, VIDEO, 2)
+  with pytest.raises(ValueError, match=message):
+    sharding.check_stage(mesh, WAN, VIDEO, micro_batches)
+
+
+def test_a_stage_checks_its_micro_batches(tmp_path):
+  stage = tiny.stage(loop=dict(micro_batches=4))
+  folders = training.Folders(tmp_path, tmp_path)
+  with pytest.raises(ValueError, match=r"divide `data.batch_size`, 2; got 4"):
+    training.train_stage(stage, folders)
+
+
 def test_a_stage_is_checked_before_anything_is_compiled(tmp_path):
   stage = tiny.stage(mesh=dict(data=3))
   folders = training.Folders(tmp_path, tmp_path)

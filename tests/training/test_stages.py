@@ -49,6 +49,20 @@ def read(**changes):
       dict(diffusion=tiny.DIFFUSION | dict(critic_optimizer=dict())),
       r"`config.diffusion.critic_optimizer`",
     ),
+    (
+      dict(mesh=dict(fdsp=2)),
+      r"`config.diffusion.mesh.fdsp` is not a setting of `make_mesh` \(did you"
+      r" mean `fsdp`\?\); it takes \['data', 'fsdp', 'context', 'tensor', 'de",
+    ),
+    (
+      dict(sharding=((".*kernel", (None, "fdsp")), (".*", ()))),
+      r"`config.sharding` must split .* got 'fdsp' in the rule of '.\*kernel'"
+      r" \(did you mean `fsdp`\?\)",
+    ),
+    (
+      dict(sharding=dict(student=((".*", (("data", "fsd"),)),))),
+      r"`config.sharding` must split .* got 'fsd'",
+    ),
     (dict(stages=("difusion",)), r"`config.difusion` is missing.*`diffusion`"),
     (
       dict(diffusion=tiny.DIFFUSION | dict(objective=dict(name="tf"))),
@@ -143,6 +157,29 @@ def test_teachers_and_critic_may_be_larger_than_the_student(trained):
   for step in stage.train_steps().values():
     new, _ = jax.eval_shape(step, state, frozen, batch, stage.run_key())
     assert like(new) == like(state)
+
+
+def test_a_larger_teacher_is_evaluated_in_its_own_network(trained):
+  config = tiny.config(
+    stages=("matching",),
+    matching=tiny.SELF_FORCING
+    | dict(
+      network=dict(width=4),
+      networks=dict(real=dict(width=8)),
+      init=dict(real=str(trained / "diffusion")),
+    ),
+  )
+  del config["diffusion"]
+  experiment = _experiment.read_experiment(config)
+  teacher = next(_evaluation.networks(experiment, trained))
+  assert teacher.name == "bidirectional"
+  batch = experiment.stages["matching"].dataset.shapes()
+  clips = jax.eval_shape(
+    lambda params, batch: teacher.generate(params, jax.random.key(0), batch),
+    teacher.params,
+    batch,
+  )
+  assert clips.shape == batch.x_0.shape
 
 
 def test_networks_are_of_roles_that_the_stage_has():

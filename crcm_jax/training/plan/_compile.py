@@ -100,8 +100,10 @@ def mesh_shape(
       and `data` what the others leave.
 
   Raises:
-    ValueError: if they are not as many as the topology has.
+    ValueError: if they are not as many as the topology has, or there is no
+      such axis.
   """
+  _mesh_checks.check_axes(shape)
   sizes = {axis: shape.get(axis, 1) for axis in sharding.AXES}
   return _mesh_checks.fill(
     sizes | {"data": shape.get("data")}, topology.devices
@@ -151,7 +153,9 @@ def arguments(stage: Stage, mesh: Mesh | AbstractMesh) -> Arguments:
     ValueError: if the batch does not divide.
   """
   batch = stage.dataset.shapes()
-  _mesh_checks.check_batch(mesh.shape, batch.x_0.shape[0])
+  _mesh_checks.check_batch(
+    mesh.shape, batch.x_0.shape[0], stage.loop.micro_batches
+  )
   by_rules = lambda tree: _place(tree, sharding.shard(tree, mesh, stage.rules))
   split = sharding.batch_sharding(mesh)
   key = jax.eval_shape(stage.run_key)
