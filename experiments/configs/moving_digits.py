@@ -6,7 +6,7 @@ Variants, given as `moving_digits.py:VARIANT`:
 
   (none)        The quickstart. Shipped teachers; the CPU trains the stages
                 `consistency` (TF-sCM) and `self_forcing` (SF-DMD with its
-                critic), then evaluates. Measured: 9.4 minutes on two cores,
+                critic), then evaluates. Measured: 6.6 minutes on two cores,
                 1.6 GiB.
   from_scratch  The same, and trains the teachers on the CPU first, for far
                 fewer steps than the shipped ones (not timed).
