@@ -191,12 +191,12 @@ class Checkpoints:
         f" {[step for step, _ in damaged]} in {self._folder} are all damaged"
         f" ({damaged[0][1]}). Remove the folder to start over."
       )
-    about = None if whole is None else self._about(whole)
-    if about is not None:
-      _check_same(about["config"], config, self._folder.parent)
-    self._clear_unfinished()  # not before: it may be another config's run
-    if whole is None or about is None:
+    if whole is None:
+      self._clear_unfinished()
       return None
+    about = _read_about(self._folder, whole)
+    _check_same(about["config"], config, self._folder.parent)
+    self._clear_unfinished()  # not before: it may be another config's run
     restored = self._restored(whole, about, like)
     if _processes.is_first_process():
       for step, reason in damaged:
@@ -236,7 +236,7 @@ class Checkpoints:
         f"the checkpoint of step {step} in {self._folder} is damaged"
         f" ({error}); name another one with `@STEP`, of {steps}."
       ) from error
-    return self._restored(step, self._about(step), like)
+    return self._restored(step, _read_about(self._folder, step), like)
 
   def close(self) -> None:
     """Waits until everything is written.
@@ -331,13 +331,6 @@ class Checkpoints:
       *(step, self._folder, what, reason, aside.name),
     )
 
-  # The manager's own `restore` ends with all processes waiting for each other,
-  # which one that cannot read never joins. A handler reads for one process.
-
-  def _about(self, step: int) -> dict[str, Any]:
-    folder: Any = self._folder / str(step) / "about"
-    return dict(ocp.JsonCheckpointHandler().restore(folder))
-
   def _restored(self, step: int, about: Any, like: Any) -> Restored:
     folder: Any = self._folder / str(step) / "state"
     handler = ocp.StandardCheckpointHandler()
@@ -378,13 +371,21 @@ def check_config(
   steps = _steps(workdir / "checkpoints")
   if not steps:
     return
-  folder: Any = workdir / "checkpoints" / str(steps[-1]) / "about"
   try:
-    about = dict(ocp.JsonCheckpointHandler().restore(folder))
-    old = about["config"]
+    old = _read_about(workdir / "checkpoints", steps[-1])["config"]
   except Exception:  # It is damaged, which `restore` finds out and reports.
     return
   _check_same(old, config, workdir)
+
+
+# The manager's own `restore` ends with all processes waiting for each other,
+# which one that cannot read never joins. Handlers read for one process.
+
+
+def _read_about(folder: pathlib.Path, step: int) -> dict[str, Any]:
+  """Reads what a checkpoint says of itself, from the folder of them all."""
+  about: Any = folder / str(step) / "about"
+  return dict(ocp.JsonCheckpointHandler().restore(about))
 
 
 def _written(folder: pathlib.Path) -> list[pathlib.Path]:

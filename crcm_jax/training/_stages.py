@@ -52,7 +52,12 @@ from crcm_jax.training._counters import Alternation
 from crcm_jax.training._optimizer import adamw, warmed_up
 from crcm_jax.training._samplers import Generator, Sampling
 from crcm_jax.training._state import init_state, TrainState
-from crcm_jax.training._step import make_train_step, Shardings, TrainStep
+from crcm_jax.training._step import (
+  as_read,
+  make_train_step,
+  Shardings,
+  TrainStep,
+)
 
 Phase: TypeAlias = Literal["student", "critic"]
 """Which network an iteration trains."""
@@ -285,7 +290,7 @@ class Stage:
     }
     return {
       role: jax.eval_shape(
-        functools.partial(_as_read, dtype=self.copy_dtypes.get(role)), params
+        functools.partial(as_read, dtype=self.copy_dtypes.get(role)), params
       )
       for role, params in shapes.items()
     }
@@ -328,7 +333,7 @@ class Stage:
     for role in self.kind.frozen:
       where = None if shardings is None else shardings[role]
       params = self._placed(role, experiment, where)
-      read = functools.partial(_as_read, dtype=self.copy_dtypes.get(role))
+      read = functools.partial(as_read, dtype=self.copy_dtypes.get(role))
       frozen[role] = jax.jit(read, out_shardings=where)(params)
     return frozen
 
@@ -404,10 +409,6 @@ class Stage:
       fake=fake,
       fake_optimizer=self.optimizers.get("critic"),
     )
-
-
-def _as_read(params: Params, dtype: Any) -> Params:
-  return params if dtype is None else models.working_copy(params, dtype)
 
 
 def read_stage(

@@ -108,14 +108,14 @@ def make_train_step(
     draw = lambda batch: objective.draws(step_key, batch, counters)
     trained, opt_state, frozen = _roles(phase, state, frozen)
     read = {
-      role: _copy(params, _of_role(copy_dtype, role))
+      role: as_read(params, _of_role(copy_dtype, role))
       for role, params in frozen.items()
     }
     (loss, metrics), grads = _accumulate.gradient(
       lambda params, batch, draws: objective.loss(
         params, read, batch, draws, counters
       ),
-      _copy(trained, _of_role(copy_dtype, trains)),
+      as_read(trained, _of_role(copy_dtype, trains)),
       batch,
       draw(batch),
       draw=draw,
@@ -148,7 +148,8 @@ def _of_role(copy_dtype: Any, role: str) -> Any:
   return copy_dtype.get(role) if is_each else copy_dtype
 
 
-def _copy(params: Params, dtype: Any) -> Params:
+def as_read(params: Params, dtype: Any) -> Params:
+  """Returns what a network reads: a working copy, or with None the masters."""
   return params if dtype is None else models.working_copy(params, dtype)
 
 
