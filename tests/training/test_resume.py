@@ -211,7 +211,7 @@ def test_worker_processes_leave_signals_to_the_one_that_trains(tmp_path):
 
 
 DISK = """
-import errno, pathlib, resource, signal, subprocess, sys
+import errno, pathlib, resource, signal, subprocess, sys, time
 import numpy as np
 import jax
 import tiny
@@ -251,7 +251,13 @@ def spoil(mode):
   else:
     held = str(folder / mode / "diffusion" / "checkpoints")
     subprocess.run(["mount", "--bind", held, held], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", held], check=True)
+    remount = ["mount", "-o", "remount,ro,bind", held]
+    # Busy while the checkpoint before this batch is still being written.
+    for _ in range(100):
+      if subprocess.run(remount, capture_output=True).returncode == 0:
+        return
+      time.sleep(0.1)
+    raise TimeoutError(f"{held} stays busy")
 
 def mend(mode):
   if mode == "limit":
