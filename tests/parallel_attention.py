@@ -4,13 +4,14 @@
 value, tangent and gradients are from those of `kernels.attention`.
 """
 
+import functools
 import sys
 
 import eight_devices
 import jax
 import jax.numpy as jnp
 
-from crcm_jax import kernels
+from crcm_jax import kernels, models
 from crcm_jax.kernels import BlockMask
 from crcm_jax.training import sharding
 
@@ -30,6 +31,8 @@ CASES = {
   ),
   "packed": ("packed", None, BlockMask.teacher_forcing(ENDS)),
   "ranges": ("own", "cache", None),
+  "layers": ("own", "layers", None),
+  "layers_lean": ("own", "layers", None),
   "cache_alone": (None, "cache", None),
   "prompt": ("prompt", None, None),
 }
@@ -38,12 +41,15 @@ CASES = {
 def operands(case):
   """Draws queries, own keys and values, and context."""
   own, context, _ = CASES[case]
-  keys = iter(jax.random.split(jax.random.key(len(case)), 5))
+  keys = iter(jax.random.split(jax.random.key(len(case)), 9))
   draw = lambda *tokens: jax.random.normal(next(keys), (B, *tokens, N, D))
   sizes = dict(own=(F, P), past=(F, P), cache=(5, P), prompt=(L,))
   sizes["packed"] = (2 * F, P)
   pair = lambda name: name and (draw(*sizes[name]), draw(*sizes[name]))
   q = draw(*sizes["packed" if own == "packed" else "own"])
+  if context == "layers":  # a cache of three
+    layers = [pair("cache") for _ in range(3)]
+    return q, pair(own), jax.tree.map(lambda *a: jnp.stack(a), *layers)
   return q, pair(own), pair(context)
 
 
@@ -52,8 +58,20 @@ def derivatives(attention, case):
   _, context, mask = CASES[case]
   ranges = jnp.array([[0, P], [2 * P, 3 * P + 3]], jnp.int32)
 
+  with_cache = functools.partial(
+    getattr(
+      attention,
+      "with_cache",
+      functools.partial(models.attend_with_cache, attention),
+    ),
+    layer=jnp.int32(1),
+    ranges=ranges,
+  )
+
   def attend(q, own, context):
     k, v = own or (None, None)
+    if CASES[case][1] == "layers":
+      return with_cache(q, k, v, past=models.KeysValues(*context))
     more = dict(context_ranges=ranges) if CASES[case][1] == "cache" else {}
     return attention(q, k, v, context=context, mask=mask, **more)
 
@@ -74,7 +92,9 @@ def main(*meshes):
   for case in CASES:
     want = derivatives(kernels.attention, case)
     for text in meshes:
-      attention = sharding.ParallelAttention(eight_devices.mesh(text))
+      attention = sharding.ParallelAttention(
+        eight_devices.mesh(text), lean=case.endswith("lean")
+      )
       got = derivatives(attention, case)
       far = jax.tree.map(
         lambda a, b: float(abs(jax.device_get(a) - jax.device_get(b)).max()),

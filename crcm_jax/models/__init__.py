@@ -1,5 +1,6 @@
 """Wan's networks: causal transformer, autoencoder, checkpoints, caches."""
 
+from crcm_jax.models._cache import attend_with_cache as attend_with_cache
 from crcm_jax.models._cache import Cache as Cache
 from crcm_jax.models._checkpoint import load_params as load_params
 from crcm_jax.models._checkpoint import read_params as read_params
@@ -19,6 +20,7 @@ from crcm_jax.models._encoders import load_encoders as load_encoders
 from crcm_jax.models._folder import files_of as files_of
 from crcm_jax.models._folder import find_networks as find_networks
 from crcm_jax.models._folder import WHERE_FROM as WHERE_FROM
+from crcm_jax.models._layers import KeysValues as KeysValues
 from crcm_jax.models._load import load_network as load_network
 from crcm_jax.models._prompts import CachedEmbedder as CachedEmbedder
 from crcm_jax.models._prompts import Embed as Embed

@@ -4,6 +4,7 @@ Keys are stored after normalisation and rotation by their absolute frame, so a
 cached chunk reads them as they are (SPEC section 4).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,13 +63,42 @@ def empty_past(
   return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def as_one_sequence(past: KeysValues) -> KeysValues | None:
+def attend_with_cache(
+  attention: Callable[..., Array],
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  past: KeysValues,
+  layer: Int[Array, ""],
+  ranges: Int[Array, "r 2"],
+) -> Array:
+  """Attends to a layer's own tokens and to its part of a cache.
+
+  Args:
+    attention: `kernels.attention`, or another of its signature.
+    q: queries, `[b f p n d]`.
+    k: keys of the layer's own tokens.
+    v: values.
+    past: keys and values of all layers, `[layers b f p n d]`.
+    layer: which layer it is.
+    ranges: the tokens of a layer's cache that it sees.
+  """
+  joined = _as_one_sequence(past)
+  if joined is not None:
+    tokens = joined.keys.shape[1] // past.keys.shape[0]
+    past, ranges = joined, ranges + layer * tokens
+  else:
+    past = jax.tree.map(lambda a: a[layer], past)
+  return attention(q, k, v, context=past, context_ranges=ranges)
+
+
+def _as_one_sequence(past: KeysValues) -> KeysValues | None:
   """Returns the past of all layers as one context, where that saves time.
 
-  A scan hands each layer its slice of a cache, and what a GPU kernel reads, a
-  slice included, must lie in memory: it would be copied, all of it in each
-  call. A kernel that is told which tokens it may see can as well find its
-  layer's within those of all layers.
+  What a GPU kernel reads, a layer's slice included, must lie in memory: it
+  would be copied, all of it in each call. A kernel that is told which tokens it
+  may see can as well find its layer's within those of all layers.
 
   Args:
     past: keys and values, `[layers b f p n d]`.

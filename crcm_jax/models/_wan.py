@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from crcm_jax import kernels
 from crcm_jax._typing import Array, Float, Int, Params, PRNGKeyArray
 from crcm_jax.chunks import ChunkPattern
-from crcm_jax.models._cache import as_one_sequence, Cache
+from crcm_jax.models._cache import attend_with_cache, Cache
 from crcm_jax.models._checks import check_call, check_chunk, check_end_time
 from crcm_jax.models._conditioning import (
   as_conditioning,
@@ -73,9 +73,11 @@ class Wan(nn.Module):
   Attributes:
     config: sizes and precision.
     attention: the attention operation, `kernels.attention` or a form of it
-      (sharded, say) with the same signature.
+      (sharded, say) with the same signature. If it has a method `with_cache`,
+      that reads caches, in place of `attend_with_cache`.
     place: `place(name, tree)` puts arrays on their devices: the "tokens" of
-      streams, the "patches" of latents, a "layer" of parameters, a "cache";
+      streams, the "patches" of latents, a "layer" of parameters, a "cache",
+      a whole "network" of parameters before a rollout;
       `training.sharding` has one for a mesh. None leaves them.
 
   Example:
@@ -224,24 +226,18 @@ class Wan(nn.Module):
     stored = cache.frames * self.config.tokens_per_frame(*x.shape[2:4])
     ranges = jnp.stack([jnp.zeros_like(stored), stored])[None]
     past = jax.lax.stop_gradient(cache.past)
-    ours = self.attention is kernels.attention  # and not a sharded form of it
-    joined = as_one_sequence(past) if ours else None
+    with_cache = functools.partial(attend_with_cache, self.attention)
+    with_cache = getattr(self.attention, "with_cache", with_cache)
 
     def body(block: Block, tokens: Array, xs: Any):
-      past, start, text = xs
+      layer, text = xs
       attend = functools.partial(
-        self.attention,
-        context=past if joined is None else joined,
-        context_ranges=ranges if joined is None else ranges + start,
+        with_cache, past=past, layer=layer, ranges=ranges
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
-    starts = None
-    if joined is not None:
-      layers, total = self.config.layers, joined.keys.shape[1]
-      past, starts = None, jnp.arange(0, total, total // layers, jnp.int32)
-    xs = (past, starts, cache.text)
-    tokens, own = self._scan(body, stream.tokens, xs)
+    layers = jnp.arange(self.config.layers, dtype=jnp.int32)
+    tokens, own = self._scan(body, stream.tokens, (layers, cache.text))
     return self._velocity(tokens, stream.e, x.shape[2]), own
 
   def _prompt(self, given: Conditioning, like: Array) -> Array:

@@ -19,6 +19,10 @@ With h heads on them, and g = gcd(h, n):
 
 The queries of a prompt's keys stay where they are. All of it is linear around
 attention, so tangents and gradients travel the same way.
+
+A rollout's many short passes wait for each exchange. There every device keeps
+the whole cache, gathers the keys and values of the new chunk (g = 1), and has
+nothing else to send; `lean` splits the cache, and swaps as above.
 """
 
 import dataclasses
@@ -28,16 +32,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from crcm_jax import kernels
+from crcm_jax import kernels, models
 from crcm_jax._typing import Array, Float, Int
 from crcm_jax.training._mesh_checks import (
   check_heads,
   check_tokens,
   splits_batch,
 )
+from crcm_jax.training._placement import Placement
 from crcm_jax.training._rules import AnyMesh, BATCH
 
 _PATCHES, _HEADS = 2, 3  # axes of [b f p n d]
@@ -50,6 +56,7 @@ class ParallelAttention:
   Attributes:
     mesh: devices, as of `sharding.make_mesh`.
     attention: what each device computes.
+    lean: whether a cache is split over context.
 
   Example:
     >>> import jax.numpy as jnp
@@ -62,6 +69,7 @@ class ParallelAttention:
 
   mesh: AnyMesh
   attention: Callable[..., Array] = kernels.attention
+  lean: bool = False
 
   def __call__(
     self,
@@ -92,14 +100,12 @@ class ParallelAttention:
     """
     own = None if k is None else (k, v)
     exchange = self._exchange(q, own, context)
-    # A cache lies as it is read, see `_rules.CACHE_BY_HEADS`.
-    lies = context_ranges is not None and exchange.groups == 1
     mask = self._rows_of_a_device(mask, q, exchange)
 
     def local(q, own, context, ranges):
       q, own = exchange.heads(q), exchange.keys(own)
       k, v = own or (None, None)
-      context = context if lies else exchange.keys(context)
+      context = exchange.keys(context)
       o = self.attention(
         q, k, v, context=context, context_ranges=ranges, mask=mask, **settings
       )
@@ -109,13 +115,53 @@ class ParallelAttention:
     specs = (
       spec(q),
       jax.tree.map(spec, own),
-      jax.tree.map(functools.partial(spec, by_heads=lies), context),
+      jax.tree.map(spec, context),
       None if context_ranges is None else PartitionSpec(),
     )
     run = jax.shard_map(
       local, mesh=self.mesh, in_specs=specs, out_specs=spec(q)
     )
     return run(q, own, context, context_ranges)
+
+  def with_cache(
+    self,
+    q: Float[Array, "b f p n d"],
+    k: Float[Array, "b f p n d"],
+    v: Float[Array, "b f p n d"],
+    *,
+    past: models.KeysValues,
+    layer: Int[Array, ""],
+    ranges: Int[Array, "r 2"],
+  ) -> Float[Array, "b f p n d"]:
+    """Attends as `models.attend_with_cache` does."""
+    exchange = self._exchange(q, (k, v), None)
+    if not self.lean:
+      exchange = _Exchange(exchange.devices, 1)
+    lies = not self.lean or exchange.groups == 1  # as it is read
+
+    def local(q, own, past, layer, ranges):
+      q, (k, v) = exchange.heads(q), exchange.keys(own)
+      if not lies:
+        of_layer = jax.tree.map(lambda a: a[layer], past)
+        past = models.KeysValues(*exchange.keys(of_layer))
+        past = jax.tree.map(lambda a: a[None], past)
+        layer = jnp.zeros_like(layer)
+      o = models.attend_with_cache(
+        self.attention, q, k, v, past=past, layer=layer, ranges=ranges
+      )
+      return exchange.tokens(o)
+
+    own, everywhere = self._spec(q, q.shape[0]), PartitionSpec()
+    of_cache = Placement.for_heads(self.mesh, q.shape[-2], lean=self.lean).spec(
+      "cache/past/keys", past.keys
+    )
+    run = jax.shard_map(
+      local,
+      mesh=self.mesh,
+      in_specs=(own, own, of_cache, everywhere, everywhere),
+      out_specs=own,
+    )
+    return run(q, (k, v), past, layer, ranges)
 
   def _exchange(self, q: Array, own: Any, context: Any) -> "_Exchange":
     """Returns how the keys come to the devices that need them."""
@@ -151,12 +197,8 @@ class ParallelAttention:
       )
     return mask.shard_rows(parts)[0]  # They are all the same.
 
-  def _spec(
-    self, x: Array, batch: int, by_heads: bool = False
-  ) -> PartitionSpec:
+  def _spec(self, x: Array, batch: int) -> PartitionSpec:
     examples = BATCH if splits_batch(self.mesh.shape, batch) else None
-    if by_heads and x.ndim > 4:
-      return PartitionSpec(examples, None, None, ("tensor", "context"))
     tokens = (None,) if x.ndim == 4 else (None, "context")
     return PartitionSpec(examples, *tokens, "tensor")
 

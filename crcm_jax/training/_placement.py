@@ -8,9 +8,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from crcm_jax.training._rules import (
+  activation_rules,
   AnyMesh,
   CACHE_BY_HEADS,
   CACHE_BY_TOKENS,
+  CACHE_WHOLE,
   Rules,
   spec_of,
 )
@@ -25,36 +27,46 @@ class Placement:
   Attributes:
     mesh: the devices.
     rules: for the paths `tokens` and `cache/past/keys`, ....
+    lean: whether rollouts spare memory, not time: parameters are gathered
+      layer by layer in each pass, and a cache is split over `context`.
   """
 
   mesh: AnyMesh
   rules: Rules
+  lean: bool = False
 
   @classmethod
-  def for_heads(cls, mesh: AnyMesh, heads: int) -> "Placement":
+  def for_heads(
+    cls, mesh: AnyMesh, heads: int, *, lean: bool = False
+  ) -> "Placement":
     """Returns the placement of a network with so many heads."""
-    if heads % size_of(mesh, ("tensor", "context")):
-      return cls(mesh, CACHE_BY_TOKENS)
-    return cls(mesh, CACHE_BY_HEADS)
+    divide = heads % size_of(mesh, ("tensor", "context")) == 0
+    split = CACHE_BY_HEADS if divide else CACHE_BY_TOKENS
+    return cls(mesh, activation_rules(split if lean else CACHE_WHOLE), lean)
 
   def __call__(self, name: str, tree: Any) -> Any:
     """Returns the tree, its arrays where the rules put them."""
+    if name == "network" and self.lean:
+      return tree
     return jax.tree.map_with_path(
       lambda path, x: jax.lax.with_sharding_constraint(
-        x, self._sharding(path, x)
+        x, NamedSharding(self.mesh, self.spec(_name(path), x))
       ),
       {name: tree},
     )[name]
 
-  def _sharding(self, path: Any, x: Any) -> NamedSharding:
+  def spec(self, name: str, x: Any) -> PartitionSpec:
     """Leaves out axes that do not divide, as of a few samples' batch."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = spec_of(name, self.rules)
     axes = [
       a if size % size_of(self.mesh, a) == 0 else None
       for a, size in zip(spec, x.shape, strict=False)
     ]
-    return NamedSharding(self.mesh, PartitionSpec(*axes))
+    return PartitionSpec(*axes)
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def size_of(mesh: AnyMesh, axes: Any) -> int:

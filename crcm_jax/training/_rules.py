@@ -59,26 +59,33 @@ _ACTIVATIONS: Rules = (
   (f"layer/({_IN_COLUMNS})/kernel", (None, "tensor")),
   (f"layer/({_IN_ROWS})/kernel", ("tensor",)),
   (f"layer/({_IN_COLUMNS})/bias|layer/{_NORMS}/scale", ("tensor",)),
+  # Those of all layers, [layers, in, out], gathered as a rollout begins.
+  (f"network/.*blocks/({_IN_COLUMNS})/kernel", (None, None, "tensor")),
+  (f"network/.*blocks/({_IN_ROWS})/kernel", (None, "tensor")),
+  (f"network/.*blocks/({_IN_COLUMNS})/bias", (None, "tensor")),
+  (f"network/.*blocks/{_NORMS}/scale", (None, "tensor")),
   ("cache/text/.*", (None, BATCH, None, "tensor")),
 )
 
-CACHE_BY_HEADS: Rules = (
-  *_ACTIVATIONS,
-  ("cache/past/.*", (None, BATCH, None, None, ("tensor", "context"))),
-  (".*", ()),
-)
-"""What a step computes, where the heads divide by tensor x context.
 
-A cache, `[layers b f p n d]`, then lies as attention reads it, and only new
-frames travel.
-"""
+def activation_rules(cache: Axes) -> Rules:
+  """Returns the rules of what a step computes.
 
-CACHE_BY_TOKENS: Rules = (
-  *_ACTIVATIONS,
-  ("cache/past/.*", (None, BATCH, None, "context", "tensor")),
-  (".*", ()),
-)
-"""Where they do not: a cache travels each time it is read."""
+  Args:
+    cache: how a rollout's cache lies, `[layers b f p n d]`.
+  """
+  return (*_ACTIVATIONS, ("cache/past/.*", cache), (".*", ()))
+
+
+CACHE_WHOLE: Axes = (None, BATCH, None, None, "tensor")
+"""All tokens on all devices along `context`, which attend to them without
+asking each other."""
+
+CACHE_BY_HEADS: Axes = (None, BATCH, None, None, ("tensor", "context"))
+"""As attention reads it after swapping tokens for heads, where they divide."""
+
+CACHE_BY_TOKENS: Axes = (None, BATCH, None, "context", "tensor")
+"""Where heads do not divide: such a cache travels each time it is read."""
 
 
 def read_rules(setting: Any) -> Rules:

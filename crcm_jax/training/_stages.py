@@ -129,6 +129,8 @@ class Loop:
     tensorboard: whether to write for TensorBoard, beside the files.
     micro_batches: parts of a batch that a step takes one after another, to
       save memory.
+    lean_rollouts: whether rollouts on several devices spare memory, not time;
+      see `sharding.shard_model`.
     data_workers: processes that read data beside the main one; 0 for a thread.
     max_bad_records: records of the dataset to skip because they are cut off,
       of another shape or not finite; one more is an error that names them all.
@@ -142,6 +144,7 @@ class Loop:
   allow_skipped: int = 0
   tensorboard: bool = True
   micro_batches: int = 1
+  lean_rollouts: bool = False
   data_workers: int = 0
   max_bad_records: int = 10
 
@@ -434,12 +437,13 @@ def read_stage(
   kind = _kind(section["objective"])
   model = models.Wan(section["network"].call(models.WanConfig))
   networks = _other_networks(section, config["network"], kind)
+  loop = section.section("loop").call(Loop)
   if mesh is not None:
-    model = sharding.shard_model(model, mesh)
-    networks = {
-      role: sharding.shard_model(network, mesh)
-      for role, network in networks.items()
-    }
+    on = functools.partial(
+      sharding.shard_model, mesh=mesh, lean=loop.lean_rollouts
+    )
+    model = on(model)
+    networks = {role: on(network) for role, network in networks.items()}
   if kind.causal:
     pattern = section["pattern"].call(ChunkPattern)
   else:
@@ -467,7 +471,6 @@ def read_stage(
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
-  loop = section.section("loop").call(Loop)
   stage = Stage(
     name=name,
     config=config,

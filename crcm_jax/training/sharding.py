@@ -74,13 +74,23 @@ def make_mesh(
   )
 
 
-def shard_model(model: models.Wan, mesh: Mesh) -> models.Wan:
-  """Returns a network that computes on all devices of a mesh."""
+def shard_model(
+  model: models.Wan, mesh: Mesh, *, lean: bool = False
+) -> models.Wan:
+  """Returns a network that computes on all devices of a mesh.
+
+  Args:
+    model: the network.
+    mesh: the devices.
+    lean: whether rollouts spare memory, not time: parameters are gathered
+      layer by layer in each pass, and a cache is split over `context`.
+      Otherwise both are whole on each device, but for `tensor`.
+  """
   if mesh.size == 1:
     return model
   return model.clone(
-    attention=ParallelAttention(mesh, model.attention),
-    place=Placement.for_heads(mesh, model.config.heads),
+    attention=ParallelAttention(mesh, model.attention, lean),
+    place=Placement.for_heads(mesh, model.config.heads, lean=lean),
   )
 
 

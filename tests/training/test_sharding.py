@@ -189,10 +189,13 @@ def test_a_mask_must_keep_frames_whole():
     jax.eval_shape(lambda q: attention(q[:, 0], q, q), q)
 
 
-def test_a_cache_lies_by_heads_where_they_divide():
+def test_a_lean_cache_lies_by_heads_where_they_divide():
   mesh = jax.sharding.AbstractMesh((1, 1, 4, 2), sharding.AXES)
-  past = "cache/past/keys"
-  for heads, axes in ((16, (None, None, ("tensor", "context"))), (12, None)):
-    rules = sharding.Placement.for_heads(mesh, heads).rules
-    axes = axes or (None, "context", "tensor")
-    assert tuple(_rules.spec_of(past, rules))[2:] == axes
+  for heads, lean, axes in (
+    (16, True, (None, None, ("tensor", "context"))),
+    (12, True, (None, "context", "tensor")),
+    (16, False, (None, None, "tensor")),
+    (12, False, (None, None, "tensor")),
+  ):
+    rules = sharding.Placement.for_heads(mesh, heads, lean=lean).rules
+    assert tuple(_rules.spec_of("cache/past/keys", rules))[2:] == axes

@@ -151,6 +151,8 @@ class _Simulation:
     counts = step_counts(counter, full_counts)
     if not differentiable:  # many short passes, which need no float32
       params = models.working_copy(params, self.student.config.dtype)
+      place = self.student.place
+      params = params if place is None else place("network", params)
     made = sampling.rollout(
       self._chunks(inputs.condition, inputs.x_0),
       params,
