@@ -71,7 +71,9 @@ def derivatives(attention, case):
   def attend(q, own, context):
     k, v = own or (None, None)
     if CASES[case][1] == "layers":
-      return with_cache(q, k, v, past=models.KeysValues(*context))
+      past = models.KeysValues(*context)
+      of_layer = jax.tree.map(lambda a: a[1], past)
+      return with_cache(q, k, v, past=past, of_layer=of_layer)
     more = dict(context_ranges=ranges) if CASES[case][1] == "cache" else {}
     return attention(q, k, v, context=context, mask=mask, **more)
 

@@ -32,6 +32,8 @@ STAGES = {
   "self_forcing": CRITIC | dict(init=dict(real="real")),
   "joint": CRITIC | dict(init=dict(teacher="teacher", real="real")),
   # And what a stage may change, after its name.
+  "self_forcing, lean rollouts": CRITIC
+  | dict(init=dict(real="real"), loop=dict(lean_rollouts=True)),
   "teacher_forcing, micro-batches": dict(loop=dict(micro_batches=2)),
   "discrete_consistency, rules of its own": TEACHER
   | dict(sharding=dict(student="replicated", teacher=BY_COLUMNS)),

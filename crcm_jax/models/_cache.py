@@ -70,6 +70,7 @@ def attend_with_cache(
   v: Array,
   *,
   past: KeysValues,
+  of_layer: KeysValues,
   layer: Int[Array, ""],
   ranges: Int[Array, "r 2"],
 ) -> Array:
@@ -81,16 +82,17 @@ def attend_with_cache(
     k: keys of the layer's own tokens.
     v: values.
     past: keys and values of all layers, `[layers b f p n d]`.
+    of_layer: those of this layer, which a scan over `past` hands out. It costs
+      nothing where it is not used; indexing `past` here instead, the gradient
+      would keep a second copy of it.
     layer: which layer it is.
     ranges: the tokens of a layer's cache that it sees.
   """
   joined = _as_one_sequence(past)
   if joined is not None:
     tokens = joined.keys.shape[1] // past.keys.shape[0]
-    past, ranges = joined, ranges + layer * tokens
-  else:
-    past = jax.tree.map(lambda a: a[layer], past)
-  return attention(q, k, v, context=past, context_ranges=ranges)
+    of_layer, ranges = joined, ranges + layer * tokens
+  return attention(q, k, v, context=of_layer, context_ranges=ranges)
 
 
 def _as_one_sequence(past: KeysValues) -> KeysValues | None:

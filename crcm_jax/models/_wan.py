@@ -230,14 +230,15 @@ class Wan(nn.Module):
     with_cache = getattr(self.attention, "with_cache", with_cache)
 
     def body(block: Block, tokens: Array, xs: Any):
-      layer, text = xs
+      of_layer, layer, text = xs
       attend = functools.partial(
-        with_cache, past=past, layer=layer, ranges=ranges
+        with_cache, past=past, of_layer=of_layer, layer=layer, ranges=ranges
       )
       return block(tokens, stream.e_6, rope, text, attend, self.attention)
 
     layers = jnp.arange(self.config.layers, dtype=jnp.int32)
-    tokens, own = self._scan(body, stream.tokens, (layers, cache.text))
+    xs = (past, layers, cache.text)
+    tokens, own = self._scan(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
 
   def _prompt(self, given: Conditioning, like: Array) -> Array:

@@ -32,7 +32,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -130,6 +129,7 @@ class ParallelAttention:
     v: Float[Array, "b f p n d"],
     *,
     past: models.KeysValues,
+    of_layer: models.KeysValues,
     layer: Int[Array, ""],
     ranges: Int[Array, "r 2"],
   ) -> Float[Array, "b f p n d"]:
@@ -139,16 +139,20 @@ class ParallelAttention:
       exchange = _Exchange(exchange.devices, 1)
     lies = not self.lean or exchange.groups == 1  # as it is read
 
-    def local(q, own, past, layer, ranges):
+    def local(q, own, past, of_layer, layer, ranges):
       q, (k, v) = exchange.heads(q), exchange.keys(own)
-      if not lies:
-        of_layer = jax.tree.map(lambda a: a[layer], past)
-        past = models.KeysValues(*exchange.keys(of_layer))
-        past = jax.tree.map(lambda a: a[None], past)
-        layer = jnp.zeros_like(layer)
-      o = models.attend_with_cache(
-        self.attention, q, k, v, past=past, layer=layer, ranges=ranges
-      )
+      if lies:
+        o = models.attend_with_cache(
+          self.attention,
+          *(q, k, v),
+          past=past,
+          of_layer=of_layer,
+          layer=layer,
+          ranges=ranges,
+        )
+      else:
+        context = exchange.keys(of_layer)
+        o = self.attention(q, k, v, context=context, context_ranges=ranges)
       return exchange.tokens(o)
 
     own, everywhere = self._spec(q, q.shape[0]), PartitionSpec()
@@ -158,10 +162,14 @@ class ParallelAttention:
     run = jax.shard_map(
       local,
       mesh=self.mesh,
-      in_specs=(own, own, of_cache, everywhere, everywhere),
+      in_specs=(
+        *(own, own),
+        *(of_cache, PartitionSpec(*of_cache[1:])),
+        *(everywhere, everywhere),
+      ),
       out_specs=own,
     )
-    return run(q, (k, v), past, layer, ranges)
+    return run(q, (k, v), past, of_layer, layer, ranges)
 
   def _exchange(self, q: Array, own: Any, context: Any) -> "_Exchange":
     """Returns how the keys come to the devices that need them."""
