@@ -19,9 +19,11 @@ in a second run, set JAX_COMPILATION_CACHE_DIR.
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import pathlib
+import shlex
 import sys
 import time
 import traceback
@@ -88,7 +90,12 @@ class Report:
     device = jax.devices()[0]
     self.rows: list[Row] = []
     self.failed: list[str] = []
-    self._about = {"device": device.device_kind, "jax": jax.__version__}
+    self._about = {
+      "device": device.device_kind,
+      "jax": jax.__version__,
+      "date": datetime.date.today().isoformat(),
+      "command": shlex.join(["python", *sys.argv]),
+    }
     self._path = path
     self._start = time.perf_counter()
     print(f"{device.device_kind}, JAX {jax.__version__}")

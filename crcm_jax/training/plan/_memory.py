@@ -50,8 +50,10 @@ def memory(
     temporaries: bytes a device beside the arguments.
   """
   state = given.state
-  # A cache is split by examples, heads and tokens; it is a temporary.
-  cache = min(temporaries, cache_bytes(stage) / math.prod(shape.values()))
+  # A cache is a temporary; along context it is whole (`sharding.Placement`).
+  whole = 1 if stage.loop.lean_rollouts else shape["context"]
+  parts = math.prod(shape.values()) / whole
+  cache = min(temporaries, cache_bytes(stage) / parts)
   return Memory(
     parameters=device_bytes((state.student, state.fake)),
     optimizer=device_bytes((state.student_opt_state, state.fake_opt_state)),
