@@ -1,10 +1,17 @@
 import jax
 import jax.numpy as jnp
+import parallel_steps
 import pytest
 import tiny
 
 from crcm_jax import kernels, models, training
-from crcm_jax.training import _mesh_checks, _networks, _rules, sharding
+from crcm_jax.training import (
+  _mesh_checks,
+  _networks,
+  _rules,
+  read_stage,
+  sharding,
+)
 
 TREE = {"blocks": {"kernel": jnp.zeros((2, 4, 4)), "bias": jnp.zeros(4)}}
 RULES = ((".*/kernel", (None, "fsdp", "tensor")), (".*", ()))
@@ -199,3 +206,26 @@ def test_a_lean_cache_lies_by_heads_where_they_divide():
   ):
     rules = sharding.Placement.for_heads(mesh, heads, lean=lean).rules
     assert tuple(_rules.spec_of("cache/past/keys", rules))[2:] == axes
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_stage_says_whether_its_rollouts_are_lean(lean, monkeypatch):
+  name = "self_forcing, lean rollouts" if lean else "self_forcing"
+  stage, asked = read_stage("stage", parallel_steps.config(name)), []
+  monkeypatch.setattr(
+    sharding,
+    "shard_model",
+    lambda model, mesh, *, lean: asked.append(lean) or model,
+  )
+  stage.on(sharding.make_mesh(devices=1))
+  assert asked == [lean] * 3  # student, real, fake
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_rollout_gathers_the_network_unless_lean(lean):
+  mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), sharding.AXES)
+  place = sharding.Placement.for_heads(mesh, 12, lean=lean)
+  params = {"blocks": {"ffn": {"up": {"kernel": jnp.ones((2, 8, 8))}}}}
+  traced = jax.make_jaxpr(lambda p: place("network", p))(params)
+  specs = [tuple(e.params["sharding"].spec) for e in traced.eqns]
+  assert specs == ([] if lean else [(None, None, "tensor")])
