@@ -39,6 +39,9 @@ STAGES = {
   | dict(sharding=dict(student="replicated", teacher=BY_COLUMNS)),
 }
 PARTS = ("continuous_consistency", "self_forcing")
+HEADS = 12
+"""Over 4 x 2 devices (context x tensor) they are swapped between two
+neighbours, and their keys gathered by two pairs."""
 
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -48,16 +51,12 @@ RECORD = optax.GradientTransformation(
 
 
 def config(name):
-  """Returns a tiny stage.
-
-  Its 12 heads over 4 x 2 devices (context x tensor) are swapped between two
-  neighbours, and their keys gathered by two pairs.
-  """
+  """Returns a tiny stage."""
   objective = dict(name=name.split(",")[0])
   if name == "joint":
     objective |= dict(parts=PARTS, **{part: {} for part in PARTS})
   more = STAGES[name]
-  network = dict(layers=2, width=96, heads=12, ffn_width=64, freq_width=8)
+  network = dict(layers=2, width=96, heads=HEADS, ffn_width=64, freq_width=8)
   sizes = dict(text_width=8, text_length=4)
   channels = dict(in_channels=4, out_channels=4)
   video = dict(batch_size=8, frames=3, height=4, width=8, channels=4)
