@@ -13,10 +13,11 @@ are. Three ways to use n of them:
     mixed    fsdp=n/2, context=2, n/2 videos (of all GPUs only)
 
 Efficiency is tokens a second, beside n times those of one GPU in the same
-run. Memory is what the compiled step asks for on each GPU. The shares of
-collectives are measured in a profiler's trace of one step on the first GPU:
-in all, and while nothing else ran there. At 8 GPUs the table ends with
-a step of the 14B network (stage 1, TF-sCM) on the first mesh that it fits.
+run. `--ways` leaves some out. Memory is what the compiled step asks for on each
+GPU. The shares of collectives are measured in a profiler's trace of one step on
+the first GPU: in all, and while nothing else ran there. At 8 GPUs the table
+ends with a step of the 14B network (stage 1, TF-sCM) on the first mesh that it
+fits.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import _steps
 import jax
 
 STEPS = ("tf_scm", "sf_dmd")
+WAYS = ("one", "weak", "strong", "mixed")
 AIMS = {"weak": 0.90, "strong": 0.85}
 """Efficiency asked for on two GPUs."""
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> list[_steps.Row]:
   cases = [
     (way, _steps.Case(name=name, mesh=mesh, batch=batch, tiny=options.tiny))
     for way, mesh, batch in ways(jax.device_count())
+    if way in options.ways
     for name in options.steps
   ]
   if options.large and jax.device_count() >= 8:
@@ -150,6 +153,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description="Scales Wan's train steps.")
   add = parser.add_argument
   add("--steps", type=lambda s: s.split(","), default=list(STEPS))
+  add("--ways", type=lambda s: s.split(","), default=list(WAYS))
   add("--budget", type=float, default=8.0, help="seconds of repetitions")
   add("--deadline", type=float, default=540.0, help="start no step after it")
   add("--workers", type=int, default=8, help="steps compiled at a time")

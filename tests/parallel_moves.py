@@ -51,11 +51,12 @@ ROLLOUT = Counter(
   matrices=10,  # once, those of all layers
   # In each pass the chunk's keys and values; in a commit, those of all layers.
   tokens=VELOCITIES + 2 * PASSES + 2,
-) + Counter(
-  # Not meant: the first commit leaves a whole cache, but in the body of further
-  # chunks XLA splits it by patches, as the keys are that their commits write,
-  # and each pass gathers a layer's keys and values again.
-  tokens=2 * 2
+)
+
+# Of two layers, each with collectives of its own; but the commit's last layer
+# need not attend, as its velocity is not read.
+APART_ROLLOUT = Counter(
+  matrices=2 * 10, tokens=VELOCITIES + 2 * (2 * PASSES - 1) + 2
 )
 
 LEAN_ROLLOUT = Counter(
@@ -97,6 +98,9 @@ STEPS = {
   ),
   "self_forcing, lean rollouts": dict(
     student=LEAN_ROLLOUT + SCORES + REPLAY, critic=LEAN_ROLLOUT + TRAIN
+  ),
+  "self_forcing, layers apart": dict(
+    student=APART_ROLLOUT + SCORES + REPLAY, critic=APART_ROLLOUT + TRAIN
   ),
   # Three metrics of each example, which micro-batches interleave.
   "teacher_forcing, micro-batches": dict(

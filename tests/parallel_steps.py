@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from crcm_jax.training import _loop, _networks, read_stage, sharding
+from crcm_jax.training.objectives import _self_forcing
 
 TEACHER = dict(init=dict(student="teacher", teacher="teacher"))
 BY_COLUMNS = ((".*blocks/.*/kernel", (None, None, "fsdp")), (".*", ()))
@@ -34,6 +35,7 @@ STAGES = {
   # And what a stage may change, after its name.
   "self_forcing, lean rollouts": CRITIC
   | dict(init=dict(real="real"), loop=dict(lean_rollouts=True)),
+  "self_forcing, layers apart": CRITIC | dict(init=dict(real="real")),
   "teacher_forcing, micro-batches": dict(loop=dict(micro_batches=2)),
   "discrete_consistency, rules of its own": TEACHER
   | dict(sharding=dict(student="replicated", teacher=BY_COLUMNS)),
@@ -134,6 +136,8 @@ def collectives(text):
 def main(name, *meshes):
   """Compares the stage's steps on every mesh."""
   eight_devices.start()
+  if name.endswith("layers apart"):
+    _self_forcing.target_platform = lambda: "gpu"
   stage = read_stage(name, config(name))
   single = {phase: rest for phase, *rest in steps(stage, one_device())}
   distance = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))

@@ -20,6 +20,7 @@ from crcm_jax.models._encoders import load_encoders as load_encoders
 from crcm_jax.models._folder import files_of as files_of
 from crcm_jax.models._folder import find_networks as find_networks
 from crcm_jax.models._folder import WHERE_FROM as WHERE_FROM
+from crcm_jax.models._layer_stack import unstack_layers as unstack_layers
 from crcm_jax.models._layers import KeysValues as KeysValues
 from crcm_jax.models._load import load_network as load_network
 from crcm_jax.models._prompts import CachedEmbedder as CachedEmbedder

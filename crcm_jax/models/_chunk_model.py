@@ -89,6 +89,8 @@ class WanChunks:
     detached = jax.lax.stop_gradient((params, x, t, cache))
     frames = self._frames(cache, x.shape[1])
     v, own = self._apply("chunk", *detached, frames)
+    # Placed before it is written: in a loop XLA would split the cache like it.
+    own = self._placed(dict(past=own))["past"]
     return v, self._placed(cache.extended(own))
 
   def rewind(
@@ -101,7 +103,7 @@ class WanChunks:
     text = self._apply("text_keys_values", params, self.text)
     return cache._replace(text=text, frames=frames, position=frames)
 
-  def _placed(self, cache: Cache) -> Cache:
+  def _placed(self, cache: Any) -> Any:
     place = self.model.place
     return cache if place is None else place("cache", cache)
 

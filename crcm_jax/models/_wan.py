@@ -1,7 +1,8 @@
 """The causal Wan transformer, bidirectional, block-causal, or cached.
 
-One set of parameters serves every mode. Layers are scanned: a mode is a body
-that runs one layer on its carry.
+One set of parameters serves every mode. A mode is a body that runs one layer on
+its carry. Layers are scanned, or follow one another where their parameters lie
+apart (`unstack_layers`).
 
 * bidirectional, block-causal: the carry is one stream of tokens.
 * teacher forcing: the carry is a tuple (clean, noisy). Clean tokens never read
@@ -38,6 +39,7 @@ from crcm_jax.models._conditioning import (
   Text,
 )
 from crcm_jax.models._config import WanConfig
+from crcm_jax.models._layer_stack import layers_apart
 from crcm_jax.models._layers import (
   Block,
   Head,
@@ -300,6 +302,8 @@ class Wan(nn.Module):
 
   def _scan(self, layer: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
     """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
+    blocks = self.blocks.variables.get("params", {})
+    apart = layers_apart(blocks, self.config.layers)
 
     def body(block: Block, carry: Any, xs: Any):
       if self.place is not None:
@@ -307,6 +311,8 @@ class Wan(nn.Module):
         carry = self.place("tokens", carry)
       return layer(block, carry, xs)
 
+    if apart is not None:
+      return self._one_by_one(body, apart, carry, xs)
     placed = self.place is not None
     policy = remat_policy(self.config.remat, placed=placed)
     if policy is not None:
@@ -319,6 +325,16 @@ class Wan(nn.Module):
       check_constancy_invariants=False,
     )
     return layers(self.blocks, carry, xs)
+
+  def _one_by_one(
+    self, body: Callable[..., Any], apart: list[Params], carry: Any, xs: Any
+  ) -> Any:
+    all_ys = []
+    for i, params in enumerate(apart):
+      block = _with_params(self.blocks, lambda _, own=params: own)
+      carry, ys = body(block, carry, jax.tree.map(lambda a, i=i: a[i], xs))
+      all_ys.append(ys)
+    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *all_ys)
 
   def _stream(
     self,

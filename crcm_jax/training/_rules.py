@@ -29,6 +29,7 @@ REPLICATED: Rules = ((".*", ()),)
 _IN_COLUMNS = ".*attention/(image_)?(query|key|value)|ffn/up"
 _IN_ROWS = ".*attention/out|ffn/down"
 _NORMS = ".*attention/(image_)?(query|key)_norm"
+_LAYER = r"(layer|network/.*blocks/layer_\d+)"
 
 WAN_RULES: Rules = (
   # Layers are stacked: [layers, in, out]. Columns, then rows, over `tensor`:
@@ -56,9 +57,9 @@ _ACTIVATIONS: Rules = (
   ("tokens.*", (BATCH, None, "context")),
   ("patches", (BATCH,)),  # latents are small, and whole
   # A layer's parameters, gathered from `fsdp` as it begins.
-  (f"layer/({_IN_COLUMNS})/kernel", (None, "tensor")),
-  (f"layer/({_IN_ROWS})/kernel", ("tensor",)),
-  (f"layer/({_IN_COLUMNS})/bias|layer/{_NORMS}/scale", ("tensor",)),
+  (f"{_LAYER}/({_IN_COLUMNS})/kernel", (None, "tensor")),
+  (f"{_LAYER}/({_IN_ROWS})/kernel", ("tensor",)),
+  (f"{_LAYER}/(({_IN_COLUMNS})/bias|{_NORMS}/scale)", ("tensor",)),
   # Those of all layers, [layers, in, out], gathered as a rollout begins.
   (f"network/.*blocks/({_IN_COLUMNS})/kernel", (None, None, "tensor")),
   (f"network/.*blocks/({_IN_ROWS})/kernel", (None, "tensor")),

@@ -131,6 +131,8 @@ class Loop:
       save memory.
     lean_rollouts: whether rollouts on several devices spare memory, not time;
       see `sharding.shard_model`.
+    unroll_rollouts: whether rollouts on GPUs take shorter passes for a longer
+      compilation; see `objectives.SelfForcing`.
     data_workers: processes that read data beside the main one; 0 for a thread.
     max_bad_records: records of the dataset to skip because they are cut off,
       of another shape or not finite; one more is an error that names them all.
@@ -145,6 +147,7 @@ class Loop:
   tensorboard: bool = True
   micro_batches: int = 1
   lean_rollouts: bool = False
+  unroll_rollouts: bool = True
   data_workers: int = 0
   max_bad_records: int = 10
 
@@ -461,6 +464,7 @@ def read_stage(
     "context": sampling.context,
     "context_start": sampling.context_start,
     "context_times": sampling.context_times,
+    "unroll": loop.unroll_rollouts,
   }
 
   phases: dict[Phase, objectives.Objective] = {

@@ -1,5 +1,7 @@
 """Self-forcing against the reference: values, gradients, every replay."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from parity import GOLDEN, real
 
 from crcm_jax.testing import golden
 from crcm_jax.training import objectives
+from crcm_jax.training.objectives import _self_forcing
 from crcm_jax.training.objectives._continuous_consistency import (
   ContinuousConsistencyDraws,
 )
@@ -30,7 +33,7 @@ CLEAN, NOISY, CRITIC, JOINT = "sf_dmd", "sf_dmd_noisyctx", "critic", "joint"
 pytestmark = pytest.mark.usefixtures("precision")
 
 
-def _run(case, objective, trainable="student"):
+def _run(case, objective, trainable="student", compiled=compiled):
   return compiled(objective)(
     network(trainable)[1],
     frozen(),
@@ -74,6 +77,17 @@ def test_parallel_replay_with_clean_context(name):
 def test_parallel_replay_with_noisy_context(name):
   case = load(NOISY, name)
   _check(NOISY, case, *_run(case, self_forcing(case)))
+
+
+def test_a_rollout_of_layers_that_lie_apart(monkeypatch):
+  """As on a GPU, where it does not scan them."""
+  asked = []
+  platform = lambda: asked.append("gpu") or "gpu"
+  monkeypatch.setattr(_self_forcing, "target_platform", platform)
+  case = load(CLEAN, "default_it0_c1-1")
+  run = functools.partial(_run, compiled=compiled.__wrapped__)
+  _check(CLEAN, case, *run(case, self_forcing(case)))
+  assert asked
 
 
 @pytest.mark.parametrize("replay", ["chunks", "direct"])
