@@ -14,11 +14,12 @@ checkpoint with a list is complete, and there is one as soon as there was one.
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -197,7 +198,8 @@ class Checkpoints:
     about = _read_about(self._folder, whole)
     _check_same(about["config"], config, self._folder.parent)
     self._clear_unfinished()  # not before: it may be another config's run
-    restored = self._restored(whole, about, like)
+    read = functools.partial(_read_state_like, like)
+    restored = self._restored(whole, about, read)
     if _processes.is_first_process():
       for step, reason in damaged:
         self._set_aside(step, "damaged", reason)
@@ -212,12 +214,15 @@ class Checkpoints:
       )
     return restored
 
-  def read(self, step: int | None, like: Any = None) -> Restored:
+  def read(self, step: int | None, only: str | None = None) -> Restored:
     """Reads one checkpoint whatever its config, for another use.
+
+    Its state comes as plain dictionaries of NumPy arrays.
 
     Args:
       step: iterations done, or None for the newest.
-      like: as in `restore`; None restores plain dictionaries.
+      only: the part of the state to read, such as "ema"; the others take no
+        memory. None reads all.
 
     Raises:
       ValueError: if there is no such checkpoint, or it is damaged.
@@ -236,7 +241,8 @@ class Checkpoints:
         f"the checkpoint of step {step} in {self._folder} is damaged"
         f" ({error}); name another one with `@STEP`, of {steps}."
       ) from error
-    return self._restored(step, _read_about(self._folder, step), like)
+    about = _read_about(self._folder, step)
+    return self._restored(step, about, functools.partial(_read_state, only))
 
   def close(self) -> None:
     """Waits until everything is written.
@@ -331,17 +337,11 @@ class Checkpoints:
       *(step, self._folder, what, reason, aside.name),
     )
 
-  def _restored(self, step: int, about: Any, like: Any) -> Restored:
-    folder: Any = self._folder / str(step) / "state"
-    handler = ocp.StandardCheckpointHandler()
+  def _restored(
+    self, step: int, about: Any, read: Callable[[Any], Any]
+  ) -> Restored:
     try:
-      if like is None:
-        # Devices that wrote it may not be here: NumPy arrays need none.
-        target = jax.tree.map(_host_array, handler.metadata(folder).tree)
-      else:
-        target = jax.tree.map(_shape_of, like)
-      args = ocp.args.StandardRestore(target)
-      state = handler.restore(folder, args=args)
+      state = read(self._folder / str(step) / "state")
     except Exception as error:
       raise ValueError(
         f"the checkpoint of step {step} in {self._folder}, written by"
@@ -386,6 +386,24 @@ def _read_about(folder: pathlib.Path, step: int) -> dict[str, Any]:
   """Reads what a checkpoint says of itself, from the folder of them all."""
   about: Any = folder / str(step) / "about"
   return dict(ocp.JsonCheckpointHandler().restore(about))
+
+
+def _read_state_like(like: Any, folder: Any) -> Any:
+  args = ocp.args.StandardRestore(jax.tree.map(_shape_of, like))
+  return ocp.StandardCheckpointHandler().restore(folder, args=args)
+
+
+def _read_state(only: str | None, folder: Any) -> Any:
+  """Reads a state or one part; devices that wrote it may not be here."""
+  tree: Any = ocp.StandardCheckpointHandler().metadata(folder).tree
+  tree = tree if only is None else {only: tree[only]}
+  target = jax.tree.map(_host_array, tree)
+  args = ocp.args.PyTreeRestore(
+    target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=True,
+  )
+  return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
 
 def _written(folder: pathlib.Path) -> list[pathlib.Path]:

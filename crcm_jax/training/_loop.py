@@ -113,7 +113,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   frozen = stage.load_frozen(folders.experiment, where)
 
   first = int(state.step)
-  _describe(stage, workdir, like, frozen)
+  _describe(stage, workdir, mesh, like)
   writer = _open_writers(stage, workdir, first)
   meter = _meter(stage, mesh)
   run = _Run(stage, checkpoints, writer, latest, meter)
@@ -288,18 +288,19 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
 
 
 def _describe(
-  stage: Stage, workdir: pathlib.Path, like: TrainState, frozen: Any
+  stage: Stage, workdir: pathlib.Path, mesh: Any, like: TrainState
 ) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
   if _processes.is_first_process():
     path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
-  arrays = (like, frozen)
-  placed = sharding.describe(jax.tree.map(lambda a: a.sharding, arrays))
+  # Paths in the state and of the networks beside it are what the rules match.
+  arrays = vars(like) | stage.frozen_shapes()
   _LOG.info(
-    "%s: %d parameters; %s; config in %s, hash %s",
-    *(stage.name, parameters, placed, path, config_hash(stage.config)),
+    "%s: %d parameters; config in %s, hash %s; %s",
+    *(stage.name, parameters, path, config_hash(stage.config)),
+    sharding.describe(arrays, mesh, stage.rules, stage.model.place),
   )
 
 

@@ -134,9 +134,9 @@ def _from_workdir(workdir: pathlib.Path, source: Source) -> Origin:
       f"{str(workdir)!r} must be the workdir of a stage that was trained; it"
       " has no checkpoints. Train that stage first."
     )
-  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-    restored = checkpoints.read(source.step)
   key = {"ema": "ema", "live": "student"}[source.which]
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    restored = checkpoints.read(source.step, only=key)
   about = {"at_step": restored.step, **restored.config}
   return Origin(restored.state[key], _pattern(about), about)
 

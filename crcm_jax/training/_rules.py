@@ -141,9 +141,19 @@ def spec_of(name: str, rules: Rules) -> PartitionSpec:
   Raises:
     ValueError: if none does.
   """
+  _, axes = first_match(name, rules)
+  return PartitionSpec(*map(_hashable, axes))
+
+
+def first_match(name: str, rules: Rules) -> tuple[str, Axes]:
+  """Returns the first rule that matches.
+
+  Raises:
+    ValueError: if none does.
+  """
   for pattern, axes in rules:
     if re.fullmatch(pattern, name):
-      return PartitionSpec(*map(_hashable, axes))
+      return pattern, axes
   raise ValueError(
     f"`rules` must match every leaf; none matches {name!r}. End them with"
     " ('.*', ())."

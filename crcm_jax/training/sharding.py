@@ -5,6 +5,7 @@ rules (`WAN_RULES`), activations by those of a `Placement`, and attention by
 `ParallelAttention`; a batch's examples are split over `data` and `fsdp`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from crcm_jax.training._parallel_attention import (
 from crcm_jax.training._placement import Placement as Placement
 from crcm_jax.training._placement import size_of
 from crcm_jax.training._rules import AXES as AXES
-from crcm_jax.training._rules import BATCH, spec_of
+from crcm_jax.training._rules import BATCH, first_match, spec_of
 from crcm_jax.training._rules import NAMED as NAMED
 from crcm_jax.training._rules import read_rules as read_rules
 from crcm_jax.training._rules import REPLICATED as REPLICATED
@@ -200,13 +201,38 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def describe(shardings: Any) -> str:
-  """Returns the mesh, and how many arrays are split in each way."""
-  leaves = jax.tree.leaves(shardings)
-  mesh = " x ".join(f"{axis} {n}" for axis, n in leaves[0].mesh.shape.items())
-  counts: dict[str, int] = {}
-  for leaf in leaves:
-    spec = str(tuple(leaf.spec)) if any(leaf.spec) else "replicated"
-    counts[spec] = counts.get(spec, 0) + 1
-  arrays = ", ".join(f"{n} arrays {spec}" for spec, n in counts.items())
-  return f"mesh {mesh}: {arrays}"
+def describe(
+  tree: Any, mesh: Mesh | AbstractMesh, rules: Rules, place: Any = None
+) -> str:
+  """Returns the mesh, and line by line what each rule splits, and how.
+
+  Args:
+    tree: pytree of arrays or their shapes.
+    mesh: where they live.
+    rules: those of `shard`; one that splits nothing has no line.
+    place: the `Placement` of a network, to say how its caches lie.
+  """
+  sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+  lines, found = [f"mesh {sizes}"], {}
+  places = jax.tree.leaves(shard(tree, mesh, rules))
+  for (path, leaf), where in zip(
+    jax.tree.leaves_with_path(tree), places, strict=True
+  ):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    pattern = first_match(name, rules)[0]
+    part = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    arrays, size = found.get((where.spec, pattern), (0, 0))
+    found[where.spec, pattern] = arrays + 1, size + part
+  for (spec, pattern), (arrays, size) in found.items():
+    lines.append(
+      f"{_axes(spec)}: {arrays} arrays, {size / 2**30:.2f} GiB a device, by"
+      f" {pattern!r}"
+    )
+  if place is not None:
+    spec = spec_of("cache/past/keys", place.rules)
+    lines.append(f"{_axes(spec)}: a rollout's cache, [layers b f p n d]")
+  return "\n  ".join(lines)
+
+
+def _axes(spec: PartitionSpec) -> str:
+  return str(tuple(spec)) if any(spec) else "whole"

@@ -241,6 +241,19 @@ def test_reading_one_for_another_use_names_what_there_is(workdir):
     Checkpoints(workdir).read(None)
 
 
+def test_a_part_is_read_alone(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  state = {"ema": {"w": jnp.ones((2, 3))}, "student": {"w": jnp.zeros(())}}
+  checkpoints.save(1, state, {}, CONFIG)
+  checkpoints.wait()
+  read = checkpoints.read(None, only="ema").state
+  assert read.keys() == {"ema"}
+  assert isinstance(read["ema"]["w"], np.ndarray)
+  np.testing.assert_array_equal(read["ema"]["w"], np.ones((2, 3)))
+  assert checkpoints.read(None).state.keys() == state.keys()
+  checkpoints.close()
+
+
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
   step = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
   checkpoints = Checkpoints(tmp_path, keep=1)

@@ -21,11 +21,22 @@ def test_the_first_rule_that_matches_decides():
   placed = sharding.shard(TREE, sharding.make_mesh(), RULES)["blocks"]
   assert tuple(placed["kernel"].spec) == (None, "fsdp", "tensor")
   assert tuple(placed["bias"].spec) == ()
-  text = (
-    "mesh data 1 x fsdp 1 x context 1 x tensor 1: 1 arrays replicated, 1 arrays"
-    " (None, 'fsdp', 'tensor')"
-  )
-  assert sharding.describe(placed) == text
+
+
+def test_a_run_says_what_its_rules_split():
+  mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), sharding.AXES)
+  tree = {
+    "blocks": {"kernel": jax.ShapeDtypeStruct((2**10, 2**10, 2**10), "f4")}
+  }
+  tree["counter"] = jax.ShapeDtypeStruct((), "i4")
+  place = sharding.Placement.for_heads(mesh, 12)
+  assert sharding.describe(tree, mesh, RULES, place).splitlines() == [
+    "mesh data 1 x fsdp 2 x context 2 x tensor 2",
+    "  (None, 'fsdp', 'tensor'): 1 arrays, 1.00 GiB a device, by '.*/kernel'",
+    "  whole: 1 arrays, 0.00 GiB a device, by '.*'",
+    "  (None, ('data', 'fsdp'), None, None, 'tensor'): a rollout's cache,"
+    " [layers b f p n d]",
+  ]
 
 
 def test_moments_follow_their_parameters_and_counters_are_whole():
