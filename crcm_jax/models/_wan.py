@@ -190,7 +190,7 @@ class Wan(nn.Module):
       del xs
       return carry, block.text_keys_values(prompt)
 
-    return self._scan(body, None)[1]
+    return self._over_layers(body, None)[1]
 
   def chunk(
     self,
@@ -240,7 +240,7 @@ class Wan(nn.Module):
 
     layers = jnp.arange(self.config.layers, dtype=jnp.int32)
     xs = (past, layers, cache.text)
-    tokens, own = self._scan(body, stream.tokens, xs)
+    tokens, own = self._over_layers(body, stream.tokens, xs)
     return self._velocity(tokens, stream.e, x.shape[2]), own
 
   def _prompt(self, given: Conditioning, like: Array) -> Array:
@@ -268,7 +268,7 @@ class Wan(nn.Module):
       )
       return tokens, None
 
-    return self._scan(body, stream.tokens)[0]
+    return self._over_layers(body, stream.tokens)[0]
 
   def _two_streams(
     self,
@@ -298,9 +298,11 @@ class Wan(nn.Module):
       )
       return (clean_tokens, noisy_tokens), None
 
-    return self._scan(body, (clean.tokens, noisy.tokens))[0][1]
+    return self._over_layers(body, (clean.tokens, noisy.tokens))[0][1]
 
-  def _scan(self, layer: Callable[..., Any], carry: Any, xs: Any = None) -> Any:
+  def _over_layers(
+    self, layer: Callable[..., Any], carry: Any, xs: Any = None
+  ) -> Any:
     """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
     blocks = self.blocks.variables.get("params", {})
     apart = layers_apart(blocks, self.config.layers)
