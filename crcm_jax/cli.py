@@ -25,7 +25,7 @@ from crcm_jax.commands import plan as plan_command
 from crcm_jax.commands import processes as processes_command
 from crcm_jax.commands import sample as sample_command
 from crcm_jax.commands import vbench as vbench_command
-from crcm_jax.training import _config, _networks
+from crcm_jax.training import _config, _lock, _networks
 
 _LOG = logging.getLogger("crcm_jax")
 
@@ -119,6 +119,17 @@ def _train(arguments: argparse.Namespace) -> None:
   )
   for stage in chosen:  # A mistake in the last one is told at the start.
     training.check_stage(stage, folders)
+  # All at once: also where the other run is at a later stage, or evaluates.
+  with _lock.holding(*(folders.experiment / stage.name for stage in chosen)):
+    _train_stages(arguments, experiment, chosen, folders)
+
+
+def _train_stages(
+  arguments: argparse.Namespace,
+  experiment: training.Experiment,
+  chosen: Sequence[training.Stage],
+  folders: training.Folders,
+) -> None:
   first = training.is_first_process()
   if first:
     folders.experiment.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Prints what each check says, when configs differ and when workdirs do, and which
 rows of a batch the process reads on meshes that mix the processes' devices.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from crcm_jax import training
-from crcm_jax.training import sharding
+from crcm_jax.training import _lock, sharding
 
 
 def main(port, count, process, shared, own):
@@ -24,12 +25,14 @@ def main(port, count, process, shared, own):
   same = {"seed": 0, "loop": {"keep": 2}}
   training.check_start(same, pathlib.Path(shared))
   print("SAME: passed")
+  _try("IN USE", _enter, shared)  # the test's own process is there
   _rows("MIXED", np.array([[0], [2], [1], [3]]))
   _rows("SHARED", np.array([[0, 2], [1, 3]]))
   others = {"seed": process, "loop": {"keep": 2 + process}}
-  _try("CONFIG", others, shared)
-  _try("WORKDIR", same, own)
-  _try("READ-ONLY", same, "/proc/none")
+  start = functools.partial(functools.partial, training.check_start)
+  _try("CONFIG", start(others), shared)
+  _try("WORKDIR", start(same), own)
+  _try("READ-ONLY", start(same), "/proc/none")
 
 
 def _rows(name, order):
@@ -41,9 +44,15 @@ def _rows(name, order):
   print(f"{name}: {rows} of {sharding.fetch(batch).tolist()}")
 
 
-def _try(name, config, workdir):
+def _enter(workdir):
+  _lock._GRACE = 0.5
+  with _lock.holding(workdir):
+    pass
+
+
+def _try(name, check, workdir):
   try:
-    training.check_start(config, pathlib.Path(workdir))
+    check(pathlib.Path(workdir))
   except (ValueError, OSError) as error:
     print(f"{name}: {type(error).__name__}: {error}")
 

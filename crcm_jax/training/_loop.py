@@ -23,7 +23,13 @@ import numpy as np
 import tqdm
 
 from crcm_jax import evaluation
-from crcm_jax.training import _agreement, _processes, _writers, sharding
+from crcm_jax.training import (
+  _agreement,
+  _lock,
+  _processes,
+  _writers,
+  sharding,
+)
 from crcm_jax.training._checkpoints import check_config, Checkpoints
 from crcm_jax.training._config import config_hash
 from crcm_jax.training._feed import Feed
@@ -83,7 +89,7 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   Raises:
     ValueError: if the workdir belongs to another config, or the processes run
       different ones.
-    OSError: if the processes do not share the workdir.
+    OSError: if the processes do not share the workdir, or another run is in it.
     NonFiniteUpdate: at the first update that is not finite, unless
       `config.loop.allow_skipped` allows it.
     Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
@@ -94,6 +100,14 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   _agreement.check_start(stage.config, workdir)
   mesh = sharding.make_mesh(**stage.mesh)
   stage = stage.on(mesh)
+  with _lock.holding(workdir):
+    return _train(stage, folders, mesh)
+
+
+def _train(
+  stage: Stage, folders: Folders, mesh: jax.sharding.Mesh
+) -> TrainState:
+  workdir = folders.experiment / stage.name
   checkpoints = Checkpoints(
     workdir, keep=stage.loop.keep, milestone_every=stage.loop.milestone_every
   )

@@ -1,6 +1,7 @@
 """Several real processes on loopback, with gloo between them."""
 
 import json
+import os
 import re
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import tiny
 
 from crcm_jax import cli, training
-from crcm_jax.training import _jax_distributed, _processes
+from crcm_jax.training import _jax_distributed, _lock, _processes
 
 CONFIG = str(processes.HERE / "process_config.py")
 
@@ -105,13 +106,21 @@ def test_two_processes_train_as_one_and_stop_together(runs, whole):
 
 def test_processes_that_disagree_all_say_so(tmp_path):
   port = processes.free_port()
-  ended = processes.run(
-    [
-      ("process_checks.py", port, 2, i, tmp_path / "run", tmp_path / f"run{i}")
-      for i in range(2)
-    ],
-    devices=2,
-  )
+  with _lock.holding(tmp_path / "run"):
+    ended = processes.run(
+      [
+        (
+          "process_checks.py",
+          port,
+          2,
+          i,
+          tmp_path / "run",
+          tmp_path / f"run{i}",
+        )
+        for i in range(2)
+      ],
+      devices=2,
+    )
   batch = list(range(8))
   assert f"MIXED: (0, 1, 4, 5) of {batch}" in ended[0].output
   assert f"MIXED: (2, 3, 6, 7) of {batch}" in ended[1].output
@@ -119,6 +128,11 @@ def test_processes_that_disagree_all_say_so(tmp_path):
     assert one.code == 0
     assert "SAME: passed" in one.output
     assert f"SHARED: {tuple(batch)} of {batch}" in one.output
+    assert re.search(
+      rf"IN USE: OSError: `workdir` must be in use by one run alone; process"
+      rf" {os.getpid()} on \S+ is training in '{tmp_path / 'run'}'. Stop it,",
+      one.output,
+    )
     assert re.search(
       r"CONFIG: ValueError: all processes must run the same config .* process 1"
       r" on \S+ \(config hash \w{12}\) differs from process 0 on \S+ \(\w{12}\)"
