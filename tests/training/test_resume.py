@@ -124,7 +124,7 @@ def stopped(tmp_path_factory):
   at += random.randint(6, 12)
   asked = command.stop(signal.SIGTERM, lambda: command.step("diffusion") >= at)
   saved = Checkpoints(command.workdir / "diffusion").read(None).step
-  at = random.randint(4, 30)
+  at = random.randint(7, 30)  # the write is not the first one's
   in_write, _ = command.stop(
     signal.SIGKILL,
     lambda: command.step("matching") >= at and command.writes("matching"),
