@@ -6,8 +6,10 @@ The mishap befalls the process of that number only, as it reads its third batch,
 which the loop does ahead of the step.
 """
 
+import functools
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -15,9 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 
 import crcm_jax.cli
+from crcm_jax import training
 from crcm_jax.training import _checkpoints, _data, _manifest
 
 AT = 3
+HEARTBEAT = 10  # seconds
+STILL = 4 * HEARTBEAT
+"""Seconds for which a process freezes or hangs."""
 
 
 def fail():
@@ -38,6 +44,18 @@ def terminate_and_hash_slowly():
 def kill():
   """Ends this process at once, as a lack of memory does."""
   os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze():
+  """Stops all threads of this process, as a host does that stands still."""
+  goes_on = f"sleep {STILL}; kill -CONT {os.getpid()}"
+  subprocess.Popen(["sh", "-c", goes_on], stdout=subprocess.DEVNULL)
+  os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang():
+  """Stops the thread that reads, as a file system does that stands still."""
+  time.sleep(STILL)
 
 
 def cannot_read():
@@ -73,6 +91,10 @@ class Batches:
 def main(mishap, process, *arguments):
   """Runs the command."""
   jax.config.update("jax_disable_most_optimizations", True)
+  if mishap in ("freeze", "hang"):
+    training.initialize = functools.partial(
+      training.initialize, heartbeat=HEARTBEAT
+    )
   if mishap == "terminate_and_hash_slowly":
     write = _manifest.write
     _manifest.write = lambda folder: (time.sleep(9), write(folder))

@@ -6,6 +6,7 @@ import re
 
 import jax
 import numpy as np
+import process_child
 import processes
 import pytest
 import tiny
@@ -240,6 +241,29 @@ def test_the_death_of_one_process_ends_the_other(runs, victim):
   assert other.code not in (0, -9)
   assert other.seconds - dead.seconds < 60
   assert re.search(r"(?i)gloo|connection|another task died", other.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_process_ends_the_other_within_a_few_heartbeats(runs, victim):
+  """And itself, as soon as it goes on: it does not train alone."""
+  ended = runs.together(2, "run", mesh__data=2, mishap=("freeze", victim))
+  frozen, other = ended[victim], ended[1 - victim]
+  for one in ended:
+    assert one.code not in (0, -9)
+    assert "another task died" in one.output
+  assert re.search(r"(?i)heartbeat", other.output)
+  # It freezes before the third step, for four heartbeats.
+  assert other.seconds < frozen.seconds - process_child.HEARTBEAT
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_waited_for(runs, whole):
+  """It is alive, so its heartbeat goes on; it says what it waits for."""
+  first, second = runs.together(2, "run", mesh__data=2, mishap=("hang", 1))
+  assert (first.code, second.code) == (0, 0)
+  assert "Waiting for data, for 20 s so far." in second.output
+  runs.assert_same("run", whole)
 
 
 @pytest.mark.slow
