@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import crcm_jax.cli
-from crcm_jax import training
+from crcm_jax import evaluation, training
 from crcm_jax.training import _checkpoints, _data, _manifest
 
 AT = 3
@@ -70,6 +70,11 @@ def cannot_read():
 def cannot_write():
   """Lets this process fail to write a checkpoint."""
   _checkpoints.Checkpoints.save = lambda *arguments, **settings: fail()
+
+
+def cannot_report():
+  """Lets this process fail if it tries to write the report."""
+  evaluation.write_report = lambda *arguments, **settings: fail()
 
 
 class Batches:

@@ -60,6 +60,10 @@ class Runs:
     names = [key for key in rows[-1] if key.endswith("loss")]
     return {name: [row.get(name, np.nan) for row in rows] for name in names}
 
+  def report(self, name):
+    """Returns the scores of a run's report."""
+    return json.loads((self.folder / name / "report.json").read_text())["rows"]
+
   def assert_same(self, name, expected, stage="diffusion", steps=6):
     """Asserts equal losses, to the rounding of sums in another order."""
     losses = self.losses(name, stage)
@@ -264,6 +268,25 @@ def test_a_process_that_hangs_is_waited_for(runs, whole):
   assert (first.code, second.code) == (0, 0)
   assert "Waiting for data, for 20 s so far." in second.output
   runs.assert_same("run", whole)
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_reports_what_a_lone_one_does(runs):
+  assert runs.alone("alone", "causal") == 0
+  first, second = runs.together(
+    2, "run", "causal", mesh__data=2, mishap=("cannot_report", 1)
+  )
+  assert (first.code, second.code) == (0, 0)
+  assert f"The report is {runs.folder / 'run' / 'report.html'}" in first.output
+  assert "The report is" not in second.output
+  expected, found = (runs.report(name) for name in ("alone", "run"))
+  names = {"real", "causal, 2 steps", "causal, 1 step"}
+  assert names == expected.keys() == found.keys()
+  for name, row in expected.items():
+    for metric in row.keys() - {"latency_ms", "frames_per_second"}:
+      np.testing.assert_allclose(
+        found[name][metric], row[metric], rtol=1e-5, err_msg=metric
+      )
 
 
 @pytest.mark.slow
