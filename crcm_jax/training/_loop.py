@@ -100,17 +100,22 @@ def train_stage(stage: Stage, folders: Folders) -> TrainState:
   _agreement.check_start(stage.config, workdir)
   mesh = sharding.make_mesh(**stage.mesh)
   stage = stage.on(mesh)
-  with _lock.holding(workdir):
-    return _train(stage, folders, mesh)
+  with _lock.holding(workdir), contextlib.ExitStack() as opened:
+    return _train(stage, folders, mesh, opened)
 
 
 def _train(
-  stage: Stage, folders: Folders, mesh: jax.sharding.Mesh
+  stage: Stage,
+  folders: Folders,
+  mesh: jax.sharding.Mesh,
+  opened: contextlib.ExitStack,
 ) -> TrainState:
-  workdir = folders.experiment / stage.name
+  """Trains a stage; `opened` closes what is open where it cannot begin."""
+  workdir, loop = folders.experiment / stage.name, stage.loop
   checkpoints = Checkpoints(
-    workdir, keep=stage.loop.keep, milestone_every=stage.loop.milestone_every
+    workdir, keep=loop.keep, milestone_every=loop.milestone_every
   )
+  opened.enter_context(contextlib.closing(checkpoints))
   rows = sharding.local_rows(mesh, stage.dataset.shapes().x_0.shape[0])
   batches = stage.dataset.batches(folders.data, stage.seed, rows)
 
@@ -128,7 +133,7 @@ def _train(
 
   first = int(state.step)
   _describe(stage, workdir, mesh, like)
-  writer = _open_writers(stage, workdir, first)
+  writer = _open_writers(stage, workdir, first, opened)
   meter = _meter(stage, mesh)
   run = _Run(stage, checkpoints, writer, latest, meter)
   steps = stage.train_steps(_shardings(like, frozen, mesh))
@@ -136,7 +141,8 @@ def _train(
   place = functools.partial(sharding.place_batch, mesh=mesh)
   with (
     _stop_signal() as asked,  # also while the last checkpoint is written
-    run.closing(),
+    opened.pop_all(),
+    run.ending(),
     _bar(stage, first) as bar,
     Feed(batches, place, meter, bar.set_postfix_str) as feed,
   ):
@@ -150,7 +156,7 @@ def _train(
       stopping = stop.is_set(now=step == stage.steps)
       # Before the step is saved, after which a resumed run would not make
       # them; a run that has to stop has no time for them.
-      if stage.loop.is_due("sample", step, stage.steps) and not stopping:
+      if loop.is_due("sample", step, stage.steps) and not stopping:
         run.sample(step, state.ema, batch)
       if stopping or stage.is_saved(step):
         run.save(step, state, feed.get_state())
@@ -259,15 +265,11 @@ class _Run:
     self._writer.scalars(step, _statistics(self._stage, videos), "samples")
 
   @contextlib.contextmanager
-  def closing(self) -> Iterator[None]:
-    """Reads the last metrics at the end, and always closes the files."""
-    with (
-      contextlib.closing(self._checkpoints),
-      contextlib.closing(self._writer),
-    ):
-      yield
-      self.flush()
-      _LOG.info("%s: %s.", self._stage.name, self._meter.summary())
+  def ending(self) -> Iterator[None]:
+    """Reads the last metrics at the end, unless it is an error."""
+    yield
+    self.flush()
+    _LOG.info("%s: %s.", self._stage.name, self._meter.summary())
 
   def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
     if values["skipped"] <= self._stage.loop.allow_skipped:
@@ -319,14 +321,20 @@ def _describe(
 
 
 def _open_writers(
-  stage: Stage, workdir: pathlib.Path, first: int
+  stage: Stage, workdir: pathlib.Path, first: int, opened: contextlib.ExitStack
 ) -> _writers.Writer:
-  if not _processes.is_first_process():
-    return _writers.Fanout([])
-  writers: list[_writers.Writer] = [_writers.Files(workdir, from_step=first)]
-  if stage.loop.tensorboard:
-    writers.append(_writers.TensorBoard(workdir, from_step=first))
-  return _writers.Fanout(writers)
+  """Returns what process 0 writes to, which `opened` closes."""
+  makers: list[Any] = []
+  if _processes.is_first_process():
+    makers.append(_writers.Files)
+    if stage.loop.tensorboard:
+      makers.append(_writers.TensorBoard)
+  return _writers.Fanout(
+    [
+      opened.enter_context(contextlib.closing(make(workdir, from_step=first)))
+      for make in makers
+    ]
+  )
 
 
 def _meter(stage: Stage, mesh: Any) -> Meter:

@@ -308,3 +308,39 @@ def test_every_loop_setting_is_checked():
   assert dataclasses.replace(tiny.stage().loop, sample_every=0).is_due(
     "checkpoint", 4, 4
   )
+
+
+@pytest.mark.parametrize(
+  ("fails", "left"),
+  [
+    ((Checkpoints, "restore"), ["Checkpoints"]),
+    ((_stages.Stage, "load_frozen"), ["Checkpoints"]),
+    ((_writers, "TensorBoard"), ["Files", "Checkpoints"]),
+    ((_stages.Stage, "train_steps"), ["TensorBoard", "Files", "Checkpoints"]),
+    ((_loop, "Feed"), ["TensorBoard", "Files", "Checkpoints"]),
+    (None, ["TensorBoard", "Files", "Checkpoints"]),
+  ],
+)
+def test_what_was_opened_is_closed_once_however_it_ends(
+  folders, monkeypatch, fails, left
+):
+  closed = []
+  for kind in (Checkpoints, _writers.Files, _writers.TensorBoard):
+
+    def close(self, usual=kind.close, name=kind.__name__):
+      closed.append(name)
+      usual(self)
+
+    monkeypatch.setattr(kind, "close", close)
+
+  def fail(*arguments, **settings):
+    raise ValueError("on purpose")
+
+  stage = tiny.stage(steps=1, loop=dict(tensorboard=True))
+  if fails is None:
+    _loop.train_stage(stage, folders)
+  else:
+    monkeypatch.setattr(*fails, fail)
+    with pytest.raises(ValueError, match="on purpose"):
+      _loop.train_stage(stage, folders)
+  assert closed == left
