@@ -209,11 +209,13 @@ def describe(
   Args:
     tree: pytree of arrays or their shapes.
     mesh: where they live.
-    rules: those of `shard`; one that splits nothing has no line.
+    rules: those of `shard`; one that decides nothing has no line.
     place: the `Placement` of a network, to say how its caches lie.
   """
-  sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-  lines, found = [f"mesh {sizes}"], {}
+  axes = "mesh " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+  if mesh.size == 1:
+    return f"{axes}: everything on one device"
+  found: dict[tuple[PartitionSpec, str], tuple[int, int]] = {}
   places = jax.tree.leaves(shard(tree, mesh, rules))
   for (path, leaf), where in zip(
     jax.tree.leaves_with_path(tree), places, strict=True
@@ -223,15 +225,15 @@ def describe(
     part = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     arrays, size = found.get((where.spec, pattern), (0, 0))
     found[where.spec, pattern] = arrays + 1, size + part
-  for (spec, pattern), (arrays, size) in found.items():
-    lines.append(
-      f"{_axes(spec)}: {arrays} arrays, {size / 2**30:.2f} GiB a device, by"
-      f" {pattern!r}"
-    )
+  lines = [
+    f"{_axes(spec)}: {arrays} arrays, {size / 2**30:.2f} GiB a device, by"
+    f" {pattern!r}"
+    for (spec, pattern), (arrays, size) in found.items()
+  ]
   if place is not None:
     spec = spec_of("cache/past/keys", place.rules)
     lines.append(f"{_axes(spec)}: a rollout's cache, [layers b f p n d]")
-  return "\n  ".join(lines)
+  return "\n  ".join([axes, *lines])
 
 
 def _axes(spec: PartitionSpec) -> str:

@@ -37,6 +37,10 @@ def test_a_run_says_what_its_rules_split():
     "  (None, ('data', 'fsdp'), None, None, 'tensor'): a rollout's cache,"
     " [layers b f p n d]",
   ]
+  alone = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
+  assert sharding.describe(tree, alone, RULES) == (
+    "mesh data 1 x fsdp 1 x context 1 x tensor 1: everything on one device"
+  )
 
 
 def test_moments_follow_their_parameters_and_counters_are_whole():
