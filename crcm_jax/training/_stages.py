@@ -131,8 +131,8 @@ class Loop:
       save memory.
     lean_rollouts: whether rollouts on several devices spare memory, not time;
       see `sharding.shard_model`.
-    unroll_rollouts: whether rollouts on GPUs take shorter passes for a longer
-      compilation; see `objectives.SelfForcing`.
+    unroll_rollouts: whether rollouts on GPUs, unless lean, take shorter passes
+      for a longer compilation; see `objectives.SelfForcing`.
     data_workers: processes that read data beside the main one; 0 for a thread.
     max_bad_records: records of the dataset to skip because they are cut off,
       of another shape or not finite; one more is an error that names them all.
@@ -464,7 +464,8 @@ def read_stage(
     "context": sampling.context,
     "context_start": sampling.context_start,
     "context_times": sampling.context_times,
-    "unroll": loop.unroll_rollouts,
+    # Layers gathered in each pass must not all be there at once.
+    "unroll": loop.unroll_rollouts and not loop.lean_rollouts,
   }
 
   phases: dict[Phase, objectives.Objective] = {

@@ -234,6 +234,14 @@ def test_a_stage_says_whether_its_rollouts_are_lean(lean, monkeypatch):
   )
   stage.on(sharding.make_mesh(devices=1))
   assert asked == [lean] * 3  # student, real, fake
+  assert {o.unroll for o in stage.objectives.values()} == {not lean}
+
+
+def test_a_stage_says_whether_its_rollouts_unroll():
+  config = parallel_steps.config("self_forcing")
+  config["loop"] = dict(unroll_rollouts=False)
+  stage = read_stage("stage", config)
+  assert [o.unroll for o in stage.objectives.values()] == [False, False]
 
 
 @pytest.mark.parametrize("lean", [False, True])
