@@ -285,7 +285,9 @@ def program_of(case: Case) -> Program:
   mesh = mesh_of(case)
   stage = stage_of(case).on(mesh)
   _, phase = STEPS[case.name]
-  place = lambda tree: _placed(tree, sharding.shard(tree, mesh, stage.rules))
+  place = lambda tree: sharding.with_shardings(
+    tree, sharding.shard(tree, mesh, stage.rules)
+  )
   state = place(stage.state_shapes())
   frozen = place(stage.frozen_shapes())
   over_batch = sharding.batch_sharding(mesh)
@@ -311,12 +313,6 @@ def mesh_of(case: Case) -> jax.sharding.Mesh:
     sharding.AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
     devices=jax.devices()[: math.prod(shape)],
-  )
-
-
-def _placed(tree: Any, where: Any) -> Any:
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
   )
 
 
@@ -394,7 +390,7 @@ def _lower(
   except Exception as error:
     row.error = said(error)
     return program, row, lambda: None
-  row.state_gib = on_one_device(program.arguments[0]) / GIB
+  row.state_gib = sharding.device_bytes(program.arguments[0]) / GIB
   return program, row, pool.submit(_compile, lowered, row).result
 
 
@@ -419,15 +415,6 @@ def asked_memory(compiled: Any) -> int:
     - m.alias_size_in_bytes
     + m.temp_size_in_bytes
   )
-
-
-def on_one_device(shapes: Any) -> int:
-  """Bytes of sharded arrays on one device."""
-  sizes = (
-    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    for a in jax.tree.leaves(shapes)
-  )
-  return sum(sizes)
 
 
 def said(error: Exception) -> str:

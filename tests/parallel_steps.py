@@ -96,7 +96,9 @@ def params(stage, role):
 def steps(stage, mesh):
   """Yields each phase with its loss, its gradients and its program's text."""
   stage = recording(stage.on(mesh))
-  like = _loop._with_shardings(stage.state_shapes(), mesh, stage.rules)
+  shapes = stage.state_shapes()
+  where = sharding.shard(shapes, mesh, stage.rules)
+  like = sharding.with_shardings(shapes, where)
   frozen = {role: params(stage, role) for role in stage.kind.frozen}
   frozen = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
   batch = sharding.place_batch(next(stage.dataset.batches(None, 0)), mesh)

@@ -181,7 +181,10 @@ class Ready(training.Stage):
 def keep(stage: training.Stage, experiment: pathlib.Path) -> Kept:
   """Compiles a stage, and loads what it starts from."""
   mesh = sharding.make_mesh()
-  like = _loop._with_shardings(stage.state_shapes(), mesh, stage.rules)
+  shapes = stage.state_shapes()
+  like = sharding.with_shardings(
+    shapes, sharding.shard(shapes, mesh, stage.rules)
+  )
   first, frozen = stage.init_state(experiment), stage.load_frozen(experiment)
   placed = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
   where = sharding.batch_sharding(mesh)

@@ -40,8 +40,8 @@ def unstack_layers(params: Params) -> Params:
   return {**params, "blocks": {_NAME.format(i): take(i) for i in range(layers)}}
 
 
-def layers_apart(blocks: Mapping[str, Any], layers: int) -> list[Params] | None:
+def layers_apart(blocks: Mapping[str, Any]) -> list[Params] | None:
   """Returns each layer's parameters; None if they are stacked."""
   if _NAME.format(0) not in blocks:
     return None
-  return [blocks[_NAME.format(i)] for i in range(layers)]
+  return [blocks[_NAME.format(i)] for i in range(len(blocks))]

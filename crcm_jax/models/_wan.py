@@ -304,8 +304,7 @@ class Wan(nn.Module):
     self, layer: Callable[..., Any], carry: Any, xs: Any = None
   ) -> Any:
     """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
-    blocks = self.blocks.variables.get("params", {})
-    apart = layers_apart(blocks, self.config.layers)
+    apart = layers_apart(self.blocks.variables.get("params", {}))
 
     def body(block: Block, carry: Any, xs: Any):
       if self.place is not None:

@@ -119,10 +119,11 @@ def _train(
   rows = sharding.local_rows(mesh, stage.dataset.shapes().x_0.shape[0])
   batches = stage.dataset.batches(folders.data, stage.seed, rows)
 
-  like = _with_shardings(stage.state_shapes(), mesh, stage.rules)
+  shapes = stage.state_shapes()
+  where = sharding.shard(shapes, mesh, stage.rules)
+  like = sharding.with_shardings(shapes, where)
   restored = checkpoints.restore(like, stage.config)
   if restored is None:
-    where = jax.tree.map(lambda a: a.sharding, like)
     state, latest = stage.init_state(folders.experiment, where), {}
   else:
     state, latest = restored.state, restored.metrics
@@ -132,7 +133,7 @@ def _train(
   frozen = stage.load_frozen(folders.experiment, where)
 
   first = int(state.step)
-  _describe(stage, workdir, mesh, like)
+  _describe(stage, workdir, like, frozen)
   writer = _open_writers(stage, workdir, first, opened)
   meter = _meter(stage, mesh)
   run = _Run(stage, checkpoints, writer, latest, meter)
@@ -285,16 +286,6 @@ class _Run:
     )
 
 
-def _with_shardings(tree: Any, mesh: Any, rules: sharding.Rules) -> Any:
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    tree,
-    sharding.shard(tree, mesh, rules),
-  )
-
-
 def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
   return Shardings(
     state=jax.tree.map(lambda a: a.sharding, like),
@@ -304,7 +295,7 @@ def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
 
 
 def _describe(
-  stage: Stage, workdir: pathlib.Path, mesh: Any, like: TrainState
+  stage: Stage, workdir: pathlib.Path, like: TrainState, frozen: Any
 ) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
@@ -312,11 +303,11 @@ def _describe(
     path.write_text(json.dumps(stage.config, indent=2) + "\n")
   parameters = sum(p.size for p in jax.tree.leaves(like.student))
   # Paths in the state and of the networks beside it are what the rules match.
-  arrays = vars(like) | stage.frozen_shapes()
+  arrays = vars(like) | frozen
   _LOG.info(
     "%s: %d parameters; config in %s, hash %s; %s",
     *(stage.name, parameters, path, config_hash(stage.config)),
-    sharding.describe(arrays, mesh, stage.rules, stage.model.place),
+    sharding.describe(arrays, stage.rules, stage.model.place),
   )
 
 

@@ -13,6 +13,7 @@ from crcm_jax.training._rules import (
   CACHE_BY_HEADS,
   CACHE_BY_TOKENS,
   CACHE_WHOLE,
+  name_of,
   Rules,
   spec_of,
 )
@@ -50,7 +51,7 @@ class Placement:
       return tree
     return jax.tree.map_with_path(
       lambda path, x: jax.lax.with_sharding_constraint(
-        x, NamedSharding(self.mesh, self.spec(_name(path), x))
+        x, NamedSharding(self.mesh, self.spec(name_of(path), x))
       ),
       {name: tree},
     )[name]
@@ -63,10 +64,6 @@ class Placement:
       for a, size in zip(spec, x.shape, strict=False)
     ]
     return PartitionSpec(*axes)
-
-
-def _name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def size_of(mesh: AnyMesh, axes: Any) -> int:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from crcm_jax.training._config import did_you_mean
@@ -133,6 +134,11 @@ def _one_of(choices: Mapping[str, Any], name: str, what: str) -> Any:
   if name not in choices:
     raise ValueError(f"`{what}` must name one of {[*choices]}; got {name!r}.")
   return choices[name]
+
+
+def name_of(path: Any) -> str:
+  """Returns the name that rules match, of a leaf's path in a pytree."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_of(name: str, rules: Rules) -> PartitionSpec:

@@ -28,7 +28,7 @@ from crcm_jax.training._parallel_attention import (
 from crcm_jax.training._placement import Placement as Placement
 from crcm_jax.training._placement import size_of
 from crcm_jax.training._rules import AXES as AXES
-from crcm_jax.training._rules import BATCH, first_match, spec_of
+from crcm_jax.training._rules import BATCH, first_match, name_of, spec_of
 from crcm_jax.training._rules import NAMED as NAMED
 from crcm_jax.training._rules import read_rules as read_rules
 from crcm_jax.training._rules import REPLICATED as REPLICATED
@@ -112,7 +112,7 @@ def shard(
   """
 
   def one(path: Any, leaf: Any) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = name_of(path)
     spec = spec_of(name, rules)
     # Counters are scalars, whatever their rule says.
     spec = spec if leaf.ndim else PartitionSpec()
@@ -201,34 +201,48 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def describe(
-  tree: Any, mesh: Mesh | AbstractMesh, rules: Rules, place: Any = None
-) -> str:
-  """Returns the mesh, and line by line what each rule splits, and how.
+def with_shardings(tree: Any, where: Any) -> Any:
+  """Returns shapes and dtypes of arrays, with where each one shall live.
 
   Args:
     tree: pytree of arrays or their shapes.
-    mesh: where they live.
+    where: the sharding of each leaf, as of `shard`.
+  """
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
+  )
+
+
+def device_bytes(tree: Any) -> float:
+  """Returns the bytes of one device's parts of arrays, or of their shapes."""
+  return float(
+    sum(
+      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+      for a in jax.tree.leaves(tree)
+    )
+  )
+
+
+def describe(tree: Any, rules: Rules, place: Any = None) -> str:
+  """Returns the mesh, and line by line what each rule splits, and how.
+
+  Args:
+    tree: pytree of arrays that lie by the rules, or their shapes.
     rules: those of `shard`; one that decides nothing has no line.
     place: the `Placement` of a network, to say how its caches lie.
   """
+  mesh = jax.tree.leaves(tree)[0].sharding.mesh
   axes = "mesh " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
   if mesh.size == 1:
     return f"{axes}: everything on one device"
-  found: dict[tuple[PartitionSpec, str], tuple[int, int]] = {}
-  places = jax.tree.leaves(shard(tree, mesh, rules))
-  for (path, leaf), where in zip(
-    jax.tree.leaves_with_path(tree), places, strict=True
-  ):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    pattern = first_match(name, rules)[0]
-    part = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    arrays, size = found.get((where.spec, pattern), (0, 0))
-    found[where.spec, pattern] = arrays + 1, size + part
+  found: dict[tuple[PartitionSpec, str], list[Any]] = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    pattern, _ = first_match(name_of(path), rules)
+    found.setdefault((leaf.sharding.spec, pattern), []).append(leaf)
   lines = [
-    f"{_axes(spec)}: {arrays} arrays, {size / 2**30:.2f} GiB a device, by"
-    f" {pattern!r}"
-    for (spec, pattern), (arrays, size) in found.items()
+    f"{_axes(spec)}: {len(leaves)} arrays,"
+    f" {device_bytes(leaves) / 2**30:.2f} GiB a device, by {pattern!r}"
+    for (spec, pattern), leaves in found.items()
   ]
   if place is not None:
     spec = spec_of("cache/past/keys", place.rules)

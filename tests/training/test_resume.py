@@ -350,7 +350,8 @@ MESHES = textwrap.dedent("""
 
   stage = make(4, fsdp=4, context=2)
   mesh = sharding.make_mesh(**stage.mesh)
-  like = _loop._with_shardings(stage.state_shapes(), mesh, rules)
+  shapes = stage.state_shapes()
+  like = sharding.with_shardings(shapes, sharding.shard(shapes, mesh, rules))
   found = Checkpoints(folder / "run" / "diffusion").restore(like, stage.config)
   jax.tree.map(np.testing.assert_array_equal, found.state, written)
   split = 0

@@ -29,8 +29,11 @@ def test_a_run_says_what_its_rules_split():
     "blocks": {"kernel": jax.ShapeDtypeStruct((2**10, 2**10, 2**10), "f4")}
   }
   tree["counter"] = jax.ShapeDtypeStruct((), "i4")
+  on = lambda mesh: sharding.with_shardings(
+    tree, sharding.shard(tree, mesh, RULES)
+  )
   place = sharding.Placement.for_heads(mesh, 12)
-  assert sharding.describe(tree, mesh, RULES, place).splitlines() == [
+  assert sharding.describe(on(mesh), RULES, place).splitlines() == [
     "mesh data 1 x fsdp 2 x context 2 x tensor 2",
     "  (None, 'fsdp', 'tensor'): 1 arrays, 1.00 GiB a device, by '.*/kernel'",
     "  whole: 1 arrays, 0.00 GiB a device, by '.*'",
@@ -38,7 +41,7 @@ def test_a_run_says_what_its_rules_split():
     " [layers b f p n d]",
   ]
   alone = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
-  assert sharding.describe(tree, alone, RULES) == (
+  assert sharding.describe(on(alone), RULES) == (
     "mesh data 1 x fsdp 1 x context 1 x tensor 1: everything on one device"
   )
 

@@ -156,14 +156,16 @@ def arguments(stage: Stage, mesh: Mesh | AbstractMesh) -> Arguments:
   _mesh_checks.check_batch(
     mesh.shape, batch.x_0.shape[0], stage.loop.micro_batches
   )
-  by_rules = lambda tree: _place(tree, sharding.shard(tree, mesh, stage.rules))
+  by_rules = lambda tree: sharding.with_shardings(
+    tree, sharding.shard(tree, mesh, stage.rules)
+  )
   split = sharding.batch_sharding(mesh)
   key = jax.eval_shape(stage.run_key)
   return Arguments(
     state=by_rules(stage.state_shapes()),
     frozen=by_rules(stage.frozen_shapes()),
-    batch=_place(batch, jax.tree.map(lambda _: split, batch)),
-    key=_place(key, NamedSharding(mesh, PartitionSpec())),
+    batch=sharding.with_shardings(batch, jax.tree.map(lambda _: split, batch)),
+    key=sharding.with_shardings(key, NamedSharding(mesh, PartitionSpec())),
   )
 
 
@@ -196,9 +198,3 @@ def _temporaries(error: str) -> float | None:
   if found is None:
     return None
   return float(found[2]) * GIB * 1024.0 ** ("KMGT".index(found[3]) - 2)
-
-
-def _place(tree: Any, where: Any) -> Any:
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
-  )

@@ -9,6 +9,7 @@ from crcm_jax.models import WanChunks
 from crcm_jax.training import _networks
 from crcm_jax.training._stages import Stage
 from crcm_jax.training.plan._compile import Arguments
+from crcm_jax.training.sharding import device_bytes
 
 
 class Memory(NamedTuple):
@@ -62,16 +63,6 @@ def memory(
     batch=device_bytes(given.batch),
     cache=cache,
     activations=temporaries - cache,
-  )
-
-
-def device_bytes(tree: Any) -> float:
-  """Returns the bytes of a device's parts of some arrays."""
-  return float(
-    sum(
-      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-      for a in jax.tree.leaves(tree)
-    )
   )
 
 
