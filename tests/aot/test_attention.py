@@ -7,7 +7,6 @@ tokens in each of the two streams. What does not fit VMEM fails here.
 import importlib.util
 import pathlib
 
-import jax
 import launches
 import pytest
 
@@ -17,14 +16,6 @@ benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
 pytestmark = pytest.mark.aot
-
-
-@pytest.fixture(autouse=True)
-def _no_cache():
-  """Without its chip, a TPU program cannot be read back from the cache."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.mark.parametrize("topology", benchmark.TOPOLOGIES)

@@ -2,22 +2,12 @@
 
 import dataclasses
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from crcm_jax import training
 from crcm_jax.training import plan
 
 pytestmark = pytest.mark.aot
-
-
-@pytest.fixture(autouse=True)
-def _cache_again():
-  """`prepare` turns the cache of compiled programs off."""
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-  compilation_cache.reset_cache()
 
 
 def test_a_step_of_the_digits_on_four_chips():

@@ -40,14 +40,6 @@ def compile_step(stage, phase, mesh):
     ).compile()
 
 
-@pytest.fixture(autouse=True)
-def _no_cache():
-  """Without its chip, a TPU program cannot be read back from the cache."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
 @pytest.fixture(scope="module")
 def stages():
   config = load_config("experiments/configs/moving_digits.py:from_scratch")
