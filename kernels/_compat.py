@@ -4,6 +4,7 @@ These names are the same in JAX 0.10 to 0.12, but carry no promise of stability.
 """
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
@@ -64,6 +65,13 @@ def target_platform() -> str:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return getattr(device, "platform", None) or jax.default_backend()
+
+
+def row_major(x):
+  """Asks a GPU's compiler to keep the last axis of `x` together in memory."""
+  if target_platform() != "gpu":
+    return x
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def struct_like(shape, dtype, like):

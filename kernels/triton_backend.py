@@ -11,6 +11,7 @@ are merged by their log-sum-exp.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -363,12 +364,14 @@ def _fill(programs: int, x: Operands) -> int:
 
 def _merged(o, lse, dtype):
   """Joins the outputs of splits [splits ...] by their log-sum-exp."""
-  m = lse.max(0, keepdims=True)
-  weight = jnp.exp(lse - jnp.where(m == -jnp.inf, 0, m))  # [splits b n s]
-  total = weight.sum(0, keepdims=True)
-  share = weight / jnp.where(total == 0, 1, total)
-  o = (o * share.swapaxes(2, 3)[..., None]).sum(0)
-  return o.astype(dtype), (m + jnp.log(total))[0]
+  # Sums of a few terms, not reductions: XLA makes two kernels of it, not four.
+  lse = list(lse.swapaxes(2, 3)[..., None])  # [b s n 1] each
+  m = functools.reduce(jnp.maximum, lse)
+  weights = [jnp.exp(x - jnp.where(m == -jnp.inf, 0, m)) for x in lse]
+  total = sum(weights)
+  joined = sum(x * weight for x, weight in zip(o, weights, strict=True))
+  joined = joined / jnp.where(total == 0, 1, total)
+  return joined.astype(dtype), (m + jnp.log(total))[..., 0].swapaxes(1, 2)
 
 
 def _heads(x: Operands) -> int:

@@ -25,8 +25,9 @@ class Cache(NamedTuple):
 
   past: KeysValues
   """`[layers b f p n d]`, frames seen from slot 0 on; the rest is unread."""
-  text: KeysValues
-  """`[layers b l n d]`, the prompt."""
+  text: KeysValues | list[KeysValues]
+  """`[layers b l n d]`, the prompt; of layers that lie apart, a list of theirs,
+  which no pass has to copy from."""
   frames: Int[Array, ""]
   """int32, latent frames stored."""
   position: Int[Array, ""]

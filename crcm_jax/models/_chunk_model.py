@@ -59,7 +59,8 @@ class WanChunks:
     check_conditioning(config, as_conditioning(self.text), batch)
     text = self._apply("text_keys_values", params, self.text)
     tokens = config.tokens_per_frame(self.height, self.width)
-    past = empty_past(config, batch, frames, tokens, text.keys.dtype)
+    dtype = jax.tree.leaves(text)[0].dtype
+    past = empty_past(config, batch, frames, tokens, dtype)
     start = jnp.zeros((), jnp.int32)
     cache = Cache(past=past, text=text, frames=start, position=start)
     return self._placed(cache)

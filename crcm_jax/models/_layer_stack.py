@@ -4,17 +4,22 @@ Parameters of all layers are stacked along a first axis, which a scan takes
 apart: one layer is compiled, whatever their number. But on a GPU each layer's
 part is copied before it is used, in each pass anew. In a pass over a few tokens
 these copies, and waiting for them, take nearly as long as the products. Layers
-that lie apart are not scanned.
+that lie apart are not scanned, and their queries, keys and values are one
+product.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from crcm_jax._typing import Params
 
 _NAME = "layer_{}"
+_OF_ONE_INPUT = ("query", "key", "value")
+JOINED = "_".join(_OF_ONE_INPUT)
+"""Name of their one product: `kernel [in 3 out]`, `bias [3 out]`."""
 
 
 def unstack_layers(params: Params) -> Params:
@@ -36,8 +41,21 @@ def unstack_layers(params: Params) -> Params:
   """
   blocks = params["blocks"]
   layers = len(jax.tree.leaves(blocks)[0])
-  take = lambda i: jax.tree.map(lambda a: a[i], blocks)
+  take = lambda i: _joined(jax.tree.map(lambda a: a[i], blocks))
   return {**params, "blocks": {_NAME.format(i): take(i) for i in range(layers)}}
+
+
+def _joined(block: Params) -> Params:
+  """Returns a layer whose self-attention has one product for its input."""
+  if "self_attention" not in block:
+    return block
+  attention = dict(block["self_attention"])
+  three = [attention.pop(name) for name in _OF_ONE_INPUT]
+  join = lambda *a: jnp.stack(a, axis=-2)
+  return {
+    **block,
+    "self_attention": {**attention, JOINED: jax.tree.map(join, *three)},
+  }
 
 
 def layers_apart(blocks: Mapping[str, Any]) -> list[Params] | None:
@@ -45,3 +63,10 @@ def layers_apart(blocks: Mapping[str, Any]) -> list[Params] | None:
   if _NAME.format(0) not in blocks:
     return None
   return [blocks[_NAME.format(i)] for i in range(len(blocks))]
+
+
+def stacked(tree: Any) -> Any:
+  """Returns what each layer computed, stacked if it is a list of theirs."""
+  if not isinstance(tree, list):
+    return tree
+  return jax.tree.map(lambda *layers: jnp.stack(layers), *tree)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from crcm_jax._typing import Array, Float
+from crcm_jax.kernels._compat import row_major
 from crcm_jax.models._config import WanConfig
+from crcm_jax.models._layer_stack import JOINED
 from crcm_jax.models._remat import FEED_FORWARD
 from crcm_jax.models._rope import RopeTable, rotate
 
@@ -49,8 +51,8 @@ def layer_norm(x: Float[Array, "*b m"], eps: float) -> Float[Array, "*b m"]:
   return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def _last_axis(a: Float[Array, " m"], like: Array) -> Array:
-  return a.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+def _last_axes(a: Float[Array, "*m"], like: Array) -> Array:
+  return a.astype(like.dtype).reshape((1,) * (like.ndim - a.ndim) + a.shape)
 
 
 class Linear(nn.Module):
@@ -68,7 +70,9 @@ class Linear(nn.Module):
     bias = self.param(
       "bias", nn.initializers.zeros, (self.features,), self.param_dtype
     )
-    return x @ kernel.astype(x.dtype) + _last_axis(bias, x)
+    # Else XLA may lay them out by columns, for a gradient's sum over tokens: in
+    # kernels for unaligned data if 8 does not divide these (16,380 of a GPU).
+    return row_major(x @ kernel.astype(x.dtype) + _last_axes(bias, x))
 
 
 class Mlp(nn.Module):
@@ -103,7 +107,7 @@ class RmsNorm(nn.Module):
       "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
     )
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-    return x * _last_axis(scale, x)
+    return x * _last_axes(scale, x)
 
 
 class AffineLayerNorm(nn.Module):
@@ -118,7 +122,7 @@ class AffineLayerNorm(nn.Module):
     m = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, m, self.param_dtype)
     bias = self.param("bias", nn.initializers.zeros, m, self.param_dtype)
-    return layer_norm(x, self.eps) * _last_axis(scale, x) + _last_axis(bias, x)
+    return layer_norm(x, self.eps) * _last_axes(scale, x) + _last_axes(bias, x)
 
 
 class Attention(nn.Module):
@@ -146,6 +150,21 @@ class Attention(nn.Module):
     """Projects tokens to normalised, rotated keys and to values."""
     keys = self._normed(self.key(x), self.key_norm, rope)
     return KeysValues(keys, self._heads(self.value(x)))
+
+  def all_three(self, x: Tokens, rope: RopeTable) -> tuple[Heads, KeysValues]:
+    """Projects the same tokens to queries, keys and values."""
+    joined = self.variables.get("params", {}).get(JOINED)
+    if joined is None:
+      return self.queries(x, rope), self.keys_values(x, rope)
+    y = jnp.einsum("bfpm,mio->bfpio", x, joined["kernel"].astype(x.dtype))
+    q, k, v = (
+      y[..., i, :] + _last_axes(joined["bias"][i], x) for i in range(3)
+    )
+    own = KeysValues(self._normed(k, self.key_norm, rope), self._heads(v))
+    # XLA would rotate queries and keys at once. Apart, and on several devices,
+    # the keys are on their way while the queries are rotated.
+    rope = jax.lax.optimization_barrier(rope)
+    return self._normed(q, self.query_norm, rope), own
 
   def output(self, o: Heads, like: Tokens) -> Tokens:
     """Merges the heads and projects them back to tokens shaped as `like`."""
@@ -279,8 +298,8 @@ class Block(nn.Module):
     m = m[..., None, :]
 
     y = (layer_norm(x, eps) * (1 + m[1]) + m[0]).astype(compute)
-    own = self.self_attention.keys_values(y, rope)
-    o = attend(self.self_attention.queries(y, rope), *own)
+    q, own = self.self_attention.all_three(y, rope)
+    o = attend(q, *own)
     x = x + self.self_attention.output(o, y).astype(x.dtype) * m[2]
 
     y = self.cross_norm(x).astype(compute)

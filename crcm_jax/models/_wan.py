@@ -39,7 +39,7 @@ from crcm_jax.models._conditioning import (
   Text,
 )
 from crcm_jax.models._config import WanConfig
-from crcm_jax.models._layer_stack import layers_apart
+from crcm_jax.models._layer_stack import layers_apart, stacked
 from crcm_jax.models._layers import (
   Block,
   Head,
@@ -174,14 +174,17 @@ class Wan(nn.Module):
       )
     return self._velocity(tokens, noisy.e, x.shape[2])
 
-  def text_keys_values(self, text: Text | Conditioning) -> KeysValues:
+  def text_keys_values(
+    self, text: Text | Conditioning
+  ) -> KeysValues | list[KeysValues]:
     """Computes every layer's keys and values of a prompt.
 
     Args:
       text: embeddings of the prompt, and of an image with `Conditioning`.
 
     Returns:
-      Keys and values, `[layers b l n d]`, the image's after the prompt's.
+      Keys and values, `[layers b l n d]`, the image's after the prompt's; of
+      layers that lie apart, a list of theirs.
     """
     given = as_conditioning(text)
     prompt = self._prompt(given, given.text)
@@ -241,7 +244,7 @@ class Wan(nn.Module):
     layers = jnp.arange(self.config.layers, dtype=jnp.int32)
     xs = (past, layers, cache.text)
     tokens, own = self._over_layers(body, stream.tokens, xs)
-    return self._velocity(tokens, stream.e, x.shape[2]), own
+    return self._velocity(tokens, stream.e, x.shape[2]), stacked(own)
 
   def _prompt(self, given: Conditioning, like: Array) -> Array:
     """Embeds the prompt and, after it, the image."""
@@ -303,7 +306,11 @@ class Wan(nn.Module):
   def _over_layers(
     self, layer: Callable[..., Any], carry: Any, xs: Any = None
   ) -> Any:
-    """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers."""
+    """Runs `layer(block, carry, xs) -> (carry, ys)` over the layers.
+
+    What belongs to each layer, `xs` and `ys`, is stacked, or a list of theirs:
+    `ys` where the layers lie apart.
+    """
     apart = layers_apart(self.blocks.variables.get("params", {}))
 
     def body(block: Block, carry: Any, xs: Any):
@@ -325,7 +332,8 @@ class Wan(nn.Module):
       length=self.config.layers,
       check_constancy_invariants=False,
     )
-    return layers(self.blocks, carry, xs)
+    of_layers = jax.tree.map(stacked, xs, is_leaf=_is_list)
+    return layers(self.blocks, carry, of_layers)
 
   def _one_by_one(
     self, body: Callable[..., Any], apart: list[Params], carry: Any, xs: Any
@@ -333,9 +341,10 @@ class Wan(nn.Module):
     all_ys = []
     for i, params in enumerate(apart):
       block = _with_params(self.blocks, lambda _, own=params: own)
-      carry, ys = body(block, carry, jax.tree.map(lambda a, i=i: a[i], xs))
+      of_layer = jax.tree.map(lambda a, i=i: a[i], xs, is_leaf=_is_list)
+      carry, ys = body(block, carry, of_layer)
       all_ys.append(ys)
-    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *all_ys)
+    return carry, all_ys
 
   def _stream(
     self,
@@ -442,6 +451,10 @@ def _frozen(block: Block) -> Block:
   clean stream would be linearised and run backward on zeros.
   """
   return _with_params(block, jax.lax.stop_gradient)
+
+
+def _is_list(tree: Any) -> bool:
+  return isinstance(tree, list)
 
 
 def _with_params(block: Block, change: Callable[[Params], Params]) -> Block:

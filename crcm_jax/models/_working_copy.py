@@ -1,8 +1,9 @@
 """Parameters as matrix products read them.
 
-Every layer casts its float32 matrix to the dtype that it computes in, in each
-pass anew. Where many short passes read the same parameters, as in a rollout,
-reading float32 costs as much as computing: a working copy is cast once.
+Every layer casts its float32 matrix, and its bias, to the dtype that it
+computes in, in each pass anew. Where many short passes read the same
+parameters, as in a rollout, this costs as much as computing: a working copy is
+cast once.
 """
 
 import re
@@ -13,16 +14,16 @@ import jax.numpy as jnp
 
 from crcm_jax._typing import Params
 
-_MATRICES = r"(.*/)?blocks/.*/kernel"
+_LINEAR = r"(.*/)?blocks/.*(kernel|(?<!norm/)bias)"
 
 
 def working_copy(params: Params, dtype: Any) -> Params:
-  """Returns parameters whose layers' matrices are in another dtype.
+  """Returns parameters whose layers' matrices and biases are in another dtype.
 
   These hold nearly all parameters. Norms, gates, times and the head stay as
   they are: they compute in float32. A network with this `WanConfig.dtype`
   computes the same. Gradients come back in the dtype of `params`; the sum over
-  the uses of a matrix is made in `dtype`.
+  the uses of an array is made in `dtype`.
 
   Args:
     params: of a `Wan`.
@@ -34,7 +35,7 @@ def working_copy(params: Params, dtype: Any) -> Params:
   cast = lambda path, p: (
     p.astype(dtype)
     if re.fullmatch(
-      _MATRICES, jax.tree_util.keystr(path, simple=True, separator="/")
+      _LINEAR, jax.tree_util.keystr(path, simple=True, separator="/")
     )
     else p
   )

@@ -61,11 +61,14 @@ _ACTIVATIONS: Rules = (
   (f"{_LAYER}/({_IN_COLUMNS})/kernel", (None, "tensor")),
   (f"{_LAYER}/({_IN_ROWS})/kernel", ("tensor",)),
   (f"{_LAYER}/(({_IN_COLUMNS})/bias|{_NORMS}/scale)", ("tensor",)),
+  (f"{_LAYER}/.*attention/query_key_value/kernel", (None, None, "tensor")),
+  (f"{_LAYER}/.*attention/query_key_value/bias", (None, "tensor")),
   # Those of all layers, [layers, in, out], gathered as a rollout begins.
   (f"network/.*blocks/({_IN_COLUMNS})/kernel", (None, None, "tensor")),
   (f"network/.*blocks/({_IN_ROWS})/kernel", (None, "tensor")),
   (f"network/.*blocks/({_IN_COLUMNS})/bias", (None, "tensor")),
   (f"network/.*blocks/{_NORMS}/scale", (None, "tensor")),
+  (r"cache/text/\d+/.*", (BATCH, None, "tensor")),  # of one layer
   ("cache/text/.*", (None, BATCH, None, "tensor")),
 )
 

@@ -16,6 +16,7 @@ import optax
 
 from crcm_jax import models
 from crcm_jax._typing import Array, Bool, Params
+from crcm_jax.kernels._compat import target_platform
 from crcm_jax.training import _accumulate
 from crcm_jax.training._counters import Alternation, Counters
 from crcm_jax.training._ema import ema_beta, ema_exponent, ema_update
@@ -140,7 +141,17 @@ def make_train_step(
     donate_argnums=0,
     in_shardings=(s.state, s.frozen, s.batch, None),
     out_shardings=(s.state, None),
+    compiler_options=_GPU_OPTIONS if target_platform() == "gpu" else None,
   )
+
+
+_GPU_OPTIONS = {
+  # cuBLAS for all products: Triton's take longer, and their tuning too.
+  "xla_gpu_enable_triton_gemm": False,
+  # XLA then copies tokens, before each product, to a length that 8 divides.
+  # Only columns must be aligned, and rows are what it sums over or keeps.
+  "xla_disable_hlo_passes": "cublas-pad-for-gemms",
+}
 
 
 def _of_role(copy_dtype: Any, role: str) -> Any:

@@ -260,9 +260,10 @@ def test_a_rollout_gathers_the_network_unless_lean(lean):
 def test_layers_that_lie_apart_are_gathered_one_by_one():
   mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), sharding.AXES)
   place = sharding.Placement.for_heads(mesh, 12)
+  linear = dict(kernel=jnp.ones((2, 8, 8)), bias=jnp.ones((2, 8)))
   layers = dict(
     self_attention=dict(
-      query=dict(kernel=jnp.ones((2, 8, 8)), bias=jnp.ones((2, 8))),
+      **dict.fromkeys(("query", "key", "value"), linear),
       out=dict(kernel=jnp.ones((2, 8, 8))),
     ),
     cross_norm=dict(bias=jnp.ones((2, 8))),
@@ -270,5 +271,6 @@ def test_layers_that_lie_apart_are_gathered_one_by_one():
   params = models.unstack_layers(dict(blocks=layers, head=jnp.ones(8)))
   traced = jax.make_jaxpr(lambda p: place("network", p))(params)
   specs = [tuple(e.params["sharding"].spec) for e in traced.eqns]
-  of_layer = [(), ("tensor",), ("tensor",), (None, "tensor")]
+  joined = [(None, "tensor"), (None, None, "tensor")]  # bias [3 m], [m 3 m]
+  of_layer = [(), ("tensor",), *joined]
   assert specs == [*of_layer, *of_layer, ()]
