@@ -70,8 +70,8 @@ class Linear(nn.Module):
     bias = self.param(
       "bias", nn.initializers.zeros, (self.features,), self.param_dtype
     )
-    # Else XLA may lay them out by columns, for a gradient's sum over tokens: in
-    # kernels for unaligned data if 8 does not divide these (16,380 of a GPU).
+    # Rows, in gradients too. XLA may prefer columns, for a gradient's sum over
+    # tokens, and then needs slow kernels where 8 does not divide the tokens.
     return row_major(x @ kernel.astype(x.dtype) + _last_axes(bias, x))
 
 
@@ -151,8 +151,10 @@ class Attention(nn.Module):
     keys = self._normed(self.key(x), self.key_norm, rope)
     return KeysValues(keys, self._heads(self.value(x)))
 
-  def all_three(self, x: Tokens, rope: RopeTable) -> tuple[Heads, KeysValues]:
-    """Projects the same tokens to queries, keys and values."""
+  def queries_keys_values(
+    self, x: Tokens, rope: RopeTable
+  ) -> tuple[Heads, KeysValues]:
+    """Projects the same tokens to both, by one product if that is joined."""
     joined = self.variables.get("params", {}).get(JOINED)
     if joined is None:
       return self.queries(x, rope), self.keys_values(x, rope)
@@ -298,7 +300,7 @@ class Block(nn.Module):
     m = m[..., None, :]
 
     y = (layer_norm(x, eps) * (1 + m[1]) + m[0]).astype(compute)
-    q, own = self.self_attention.all_three(y, rope)
+    q, own = self.self_attention.queries_keys_values(y, rope)
     o = attend(q, *own)
     x = x + self.self_attention.output(o, y).astype(x.dtype) * m[2]
 

@@ -146,10 +146,10 @@ def make_train_step(
 
 
 _GPU_OPTIONS = {
-  # cuBLAS for all products: Triton's take longer, and their tuning too.
+  # All products are cuBLAS's: Triton's take longer, and so does tuning them.
   "xla_gpu_enable_triton_gemm": False,
-  # XLA then copies tokens, before each product, to a length that 8 divides.
-  # Only columns must be aligned, and rows are what it sums over or keeps.
+  # With Triton off XLA copies what it multiplies to lengths that 8 divides.
+  # Only columns need that, and a network's have it; its tokens are rows.
   "xla_disable_hlo_passes": "cublas-pad-for-gemms",
 }
 

@@ -240,6 +240,7 @@ def test_a_working_copy_computes_the_same():
   }
   assert "blocks/ffn/up/kernel" in narrow
   assert "blocks/self_attention/query/kernel" in narrow
+  assert "blocks/self_attention/query/bias" in narrow
   assert not [name for name in narrow for island in ISLANDS if island in name]
   large = sum(p.size for p in jax.tree.leaves(copy) if p.dtype == jnp.bfloat16)
   assert large > 0.5 * sum(p.size for p in jax.tree.leaves(copy))

@@ -84,6 +84,14 @@ def test_student_step_counts_and_averages():
   assert state.ema["w"] != state.student["w"]
 
 
+def test_xla_knows_the_options_for_gpus(monkeypatch):
+  """They are refused, on any device, once XLA has no such option."""
+  monkeypatch.setattr(_step, "target_platform", lambda: "gpu")
+  step = training.make_train_step(Line(), OPTIMIZER)
+  state, _ = step(_state(), {}, _batch(), KEY)
+  assert int(state.step) == 1
+
+
 def test_loss_is_the_mean_of_its_draws():
   noise = Line().draws(jax.random.fold_in(KEY, 0), _batch(), None).noise
   step = training.make_train_step(Line(), OPTIMIZER)
