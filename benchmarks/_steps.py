@@ -245,7 +245,7 @@ class Program:
   case: Case
   stage: training.Stage
   step: Any
-  arguments: tuple[Any, ...]
+  arguments: training.StepArguments
 
   @property
   def devices(self) -> int:
@@ -284,25 +284,10 @@ def program_of(case: Case) -> Program:
   """Builds a step and the shapes of its arguments; computes nothing."""
   mesh = mesh_of(case)
   stage = stage_of(case).on(mesh)
+  arguments = training.step_arguments(stage, mesh)
   _, phase = STEPS[case.name]
-  place = lambda tree: sharding.with_shardings(
-    tree, sharding.shard(tree, mesh, stage.rules)
-  )
-  state = place(stage.state_shapes())
-  frozen = place(stage.frozen_shapes())
-  over_batch = sharding.batch_sharding(mesh)
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=over_batch),
-    stage.dataset.shapes(),
-  )
-  key = jax.eval_shape(jax.random.key, 0)
-  key = place(key)
-  where = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
-  shardings = training.Shardings(where(state), where(frozen), over_batch)
-  step = stage.train_steps(shardings)[phase]
-  return Program(
-    case=case, stage=stage, step=step, arguments=(state, frozen, batch, key)
-  )
+  step = stage.train_steps(arguments.shardings())[phase]
+  return Program(case=case, stage=stage, step=step, arguments=arguments)
 
 
 def mesh_of(case: Case) -> jax.sharding.Mesh:

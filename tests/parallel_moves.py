@@ -54,9 +54,9 @@ ROLLOUT = Counter(
 )
 
 # Of two layers, each with collectives of its own; but the commit's last layer
-# need not attend, as its velocity is not read.
+# need not attend, as its velocity is not read. Query, key and value are one.
 APART_ROLLOUT = Counter(
-  matrices=2 * 10, tokens=VELOCITIES + 2 * (2 * PASSES - 1) + 2
+  matrices=2 * 8, tokens=VELOCITIES + 2 * (2 * PASSES - 1) + 2
 )
 
 LEAN_ROLLOUT = Counter(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crcm_jax.training import _loop, _networks, read_stage, sharding
+from crcm_jax.training import _networks, read_stage, sharding, step_arguments
 from crcm_jax.training.objectives import _self_forcing
 
 TEACHER = dict(init=dict(student="teacher", teacher="teacher"))
@@ -96,21 +96,18 @@ def params(stage, role):
 def steps(stage, mesh):
   """Yields each phase with its loss, its gradients and its program's text."""
   stage = recording(stage.on(mesh))
-  shapes = stage.state_shapes()
-  where = sharding.shard(shapes, mesh, stage.rules)
-  like = sharding.with_shardings(shapes, where)
+  where = step_arguments(stage, mesh).shardings()
   frozen = {role: params(stage, role) for role in stage.kind.frozen}
-  frozen = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
+  frozen = jax.device_put(frozen, where.frozen)
   batch = sharding.place_batch(next(stage.dataset.batches(None, 0)), mesh)
-  shardings = _loop._shardings(like, frozen, mesh)
-  for phase, step in stage.train_steps(shardings).items():
+  for phase, step in stage.train_steps(where).items():
     fake = params(stage, "fake") if stage.kind.critic else None
     state = stage._state(params(stage, "student"), fake)
-    args = (jax.device_put(state, shardings.state), frozen, batch)
+    args = (jax.device_put(state, where.state), frozen, batch)
     args = (*args, stage.run_key())
     program = step.lower(*args).compile()
     state, metrics = program(*args)
-    check(state, shardings.state, args[0])
+    check(state, where.state, args[0])
     grads = dict(student=state.student_opt_state, critic=state.fake_opt_state)
     loss = float(metrics["loss"])
     yield phase, loss, jax.device_get(grads[phase]), program.as_text()

@@ -50,7 +50,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from crcm_jax import training
-from crcm_jax.training import _experiment, _loop, _manifest, sharding
+from crcm_jax.training import _experiment, _manifest, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -180,23 +180,11 @@ class Ready(training.Stage):
 
 def keep(stage: training.Stage, experiment: pathlib.Path) -> Kept:
   """Compiles a stage, and loads what it starts from."""
-  mesh = sharding.make_mesh()
-  shapes = stage.state_shapes()
-  like = sharding.with_shardings(
-    shapes, sharding.shard(shapes, mesh, stage.rules)
-  )
   first, frozen = stage.init_state(experiment), stage.load_frozen(experiment)
-  placed = jax.device_put(frozen, sharding.shard(frozen, mesh, stage.rules))
-  where = sharding.batch_sharding(mesh)
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
-    stage.dataset.shapes(),
-  )
+  given = training.step_arguments(stage, sharding.make_mesh())
   programs = {}
-  for phase, step in stage.train_steps(
-    _loop._shardings(like, placed, mesh)
-  ).items():
-    lowered = step.lower(like, placed, batch, stage.run_key())
+  for phase, step in stage.train_steps(given.shardings()).items():
+    lowered = step.lower(*given)
     program, _, _ = serialize_executable.serialize(lowered.compile())
     programs[phase] = program, jax.tree.map(lambda _: 0, lowered.out_info[1])
   first, frozen = jax.device_get((first, frozen))

@@ -4,6 +4,8 @@ from crcm_jax.training import flops as flops
 from crcm_jax.training import objectives as objectives
 from crcm_jax.training import sharding as sharding
 from crcm_jax.training._agreement import check_start as check_start
+from crcm_jax.training._arguments import step_arguments as step_arguments
+from crcm_jax.training._arguments import StepArguments as StepArguments
 from crcm_jax.training._checkpoints import Checkpoints as Checkpoints
 from crcm_jax.training._checkpoints import Restored as Restored
 from crcm_jax.training._config import config_hash as config_hash

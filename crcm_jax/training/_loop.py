@@ -30,13 +30,14 @@ from crcm_jax.training import (
   _writers,
   sharding,
 )
+from crcm_jax.training._arguments import step_arguments, StepArguments
 from crcm_jax.training._checkpoints import check_config, Checkpoints
 from crcm_jax.training._config import config_hash
 from crcm_jax.training._feed import Feed
 from crcm_jax.training._speed import Meter, peak_flops, tokens_of
 from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training._state import TrainState
-from crcm_jax.training._step import read_scalars, Shardings
+from crcm_jax.training._step import read_scalars
 
 _LOG = logging.getLogger(__name__)
 
@@ -119,25 +120,23 @@ def _train(
   rows = sharding.local_rows(mesh, stage.dataset.shapes().x_0.shape[0])
   batches = stage.dataset.batches(folders.data, stage.seed, rows)
 
-  shapes = stage.state_shapes()
-  where = sharding.shard(shapes, mesh, stage.rules)
-  like = sharding.with_shardings(shapes, where)
-  restored = checkpoints.restore(like, stage.config)
+  given = step_arguments(stage, mesh)
+  where = given.shardings()
+  restored = checkpoints.restore(given.state, stage.config)
   if restored is None:
-    state, latest = stage.init_state(folders.experiment, where), {}
+    state, latest = stage.init_state(folders.experiment, where.state), {}
   else:
     state, latest = restored.state, restored.metrics
     batches.set_state(restored.data)
     _LOG.info("%s goes on from step %d.", stage.name, restored.step)
-  where = sharding.shard(stage.frozen_shapes(), mesh, stage.rules)
-  frozen = stage.load_frozen(folders.experiment, where)
+  frozen = stage.load_frozen(folders.experiment, where.frozen)
 
   first = int(state.step)
-  _describe(stage, workdir, like, frozen)
+  _describe(stage, workdir, given)
   writer = _open_writers(stage, workdir, first, opened)
   meter = _meter(stage, mesh)
   run = _Run(stage, checkpoints, writer, latest, meter)
-  steps = stage.train_steps(_shardings(like, frozen, mesh))
+  steps = stage.train_steps(where)
   key = stage.run_key()
   place = functools.partial(sharding.place_batch, mesh=mesh)
   with (
@@ -286,24 +285,16 @@ class _Run:
     )
 
 
-def _shardings(like: TrainState, frozen: Any, mesh: Any) -> Shardings:
-  return Shardings(
-    state=jax.tree.map(lambda a: a.sharding, like),
-    frozen=jax.tree.map(lambda a: a.sharding, frozen),
-    batch=sharding.batch_sharding(mesh),
-  )
-
-
 def _describe(
-  stage: Stage, workdir: pathlib.Path, like: TrainState, frozen: Any
+  stage: Stage, workdir: pathlib.Path, given: StepArguments
 ) -> None:
   """Keeps the resolved config in the workdir, and says what is trained."""
   path = workdir / "config.json"
   if _processes.is_first_process():
     path.write_text(json.dumps(stage.config, indent=2) + "\n")
-  parameters = sum(p.size for p in jax.tree.leaves(like.student))
+  parameters = sum(p.size for p in jax.tree.leaves(given.state.student))
   # Paths in the state and of the networks beside it are what the rules match.
-  arrays = vars(like) | frozen
+  arrays = vars(given.state) | given.frozen
   _LOG.info(
     "%s: %d parameters; config in %s, hash %s; %s",
     *(stage.name, parameters, path, config_hash(stage.config)),

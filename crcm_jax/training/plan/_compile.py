@@ -16,17 +16,11 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import (
-  AbstractMesh,
-  AxisType,
-  Mesh,
-  NamedSharding,
-  PartitionSpec,
-)
+from jax.sharding import AxisType, Mesh
 
 from crcm_jax.training import _mesh_checks, sharding
+from crcm_jax.training._arguments import step_arguments
 from crcm_jax.training._stages import Phase, Stage
-from crcm_jax.training._step import Shardings
 from crcm_jax.training.plan._chips import GIB, Topology
 
 
@@ -42,15 +36,6 @@ class Compiled(NamedTuple):
   temporaries: float | None
   text: str
   error: str
-
-
-class Arguments(NamedTuple):
-  """Shapes, dtypes and shardings of what a train step takes."""
-
-  state: Any
-  frozen: Any
-  batch: Any
-  key: Any
 
 
 def prepare(topology: Topology) -> None:
@@ -146,36 +131,10 @@ def _tpu_devices(name: str) -> tuple[Any, ...]:
   return tuple(found.devices)
 
 
-def arguments(stage: Stage, mesh: Mesh | AbstractMesh) -> Arguments:
-  """Returns what the stage's steps take on a mesh, which may be abstract.
-
-  Raises:
-    ValueError: if the batch does not divide.
-  """
-  batch = stage.dataset.shapes()
-  _mesh_checks.check_batch(
-    mesh.shape, batch.x_0.shape[0], stage.loop.micro_batches
-  )
-  by_rules = lambda tree: sharding.with_shardings(
-    tree, sharding.shard(tree, mesh, stage.rules)
-  )
-  split = sharding.batch_sharding(mesh)
-  key = jax.eval_shape(stage.run_key)
-  return Arguments(
-    state=by_rules(stage.state_shapes()),
-    frozen=by_rules(stage.frozen_shapes()),
-    batch=sharding.with_shardings(batch, jax.tree.map(lambda _: split, batch)),
-    key=sharding.with_shardings(key, NamedSharding(mesh, PartitionSpec())),
-  )
-
-
 def compile_step(stage: Stage, phase: Phase, mesh: Mesh) -> Compiled:
   """Compiles one of a stage's steps for the devices of a mesh."""
-  given = arguments(stage, mesh)
-  where = jax.tree.map(lambda a: a.sharding, given)
-  step = stage.on(mesh).train_steps(
-    Shardings(where.state, where.frozen, where.batch)
-  )[phase]
+  given = step_arguments(stage, mesh)
+  step = stage.on(mesh).train_steps(given.shardings())[phase]
   options: Any = None
   if mesh.devices.flat[0].platform == "cpu":
     # Nothing will run: the machine code need not be good.

@@ -7,8 +7,8 @@ import jax
 
 from crcm_jax.models import WanChunks
 from crcm_jax.training import _networks
+from crcm_jax.training._arguments import StepArguments
 from crcm_jax.training._stages import Stage
-from crcm_jax.training.plan._compile import Arguments
 from crcm_jax.training.sharding import device_bytes
 
 
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
 
 
 def memory(
-  stage: Stage, given: Arguments, shape: Any, temporaries: float
+  stage: Stage, given: StepArguments, shape: Any, temporaries: float
 ) -> Memory:
   """Sorts the memory of a step.
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from crcm_jax.training import flops
+from crcm_jax.training._arguments import step_arguments
 from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training.plan import _compile
 from crcm_jax.training.plan._chips import Chip, Topology
@@ -93,7 +94,7 @@ def plan_step(
     ValueError: if the mesh does not fit the topology, or the batch the mesh.
   """
   mesh = _compile.make_mesh(topology, stage.mesh)
-  given = _compile.arguments(stage, mesh)
+  given = step_arguments(stage, mesh)
   compiled = _compile.compile_step(stage, phase, mesh)
   kinds = memory(stage, given, mesh.shape, compiled.temporaries or 0.0)
   run_time = flops.run_time_of(stage)

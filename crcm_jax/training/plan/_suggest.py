@@ -18,9 +18,9 @@ from jax.sharding import AbstractMesh
 
 from crcm_jax.models import REMAT_POLICIES
 from crcm_jax.training import sharding
+from crcm_jax.training._arguments import step_arguments, StepArguments
 from crcm_jax.training._stages import Phase, read_stage, Stage
 from crcm_jax.training._state import TrainState
-from crcm_jax.training.plan._compile import Arguments, arguments
 from crcm_jax.training.plan._memory import Memory, memory
 from crcm_jax.training.plan._plan import StepPlan
 
@@ -77,12 +77,12 @@ def suggest(stage: Stage, phase: Phase, plan: StepPlan) -> Change | None:
   return None
 
 
-def _checked_arguments(stage: Stage, mesh: AbstractMesh) -> Arguments:
+def _checked_arguments(stage: Stage, mesh: AbstractMesh) -> StepArguments:
   """Returns what the stage's steps take, if a mesh divides all of it."""
   video = stage.dataset.shapes().x_0.shape
   for network in (stage.model, *stage.networks.values()):
     sharding.check_stage(mesh.shape, network.config, video)
-  return arguments(stage, mesh)
+  return step_arguments(stage, mesh)
 
 
 def with_changes(
