@@ -67,9 +67,13 @@ def target_platform() -> str:
   return getattr(device, "platform", None) or jax.default_backend()
 
 
+# XLA of earlier releases gathers from all devices what it is asked to lay out.
+_LAYOUTS_ARE_PARTITIONED = jax.__version_info__ >= (0, 11, 2)
+
+
 def row_major(x):
   """Asks a GPU's compiler to keep the last axis of `x` together in memory."""
-  if target_platform() != "gpu":
+  if target_platform() != "gpu" or not _LAYOUTS_ARE_PARTITIONED:
     return x
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 

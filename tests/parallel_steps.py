@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crcm_jax.kernels import _compat
 from crcm_jax.training import _networks, read_stage, sharding, step_arguments
 from crcm_jax.training.objectives import _self_forcing
 
@@ -136,7 +137,7 @@ def main(name, *meshes):
   """Compares the stage's steps on every mesh."""
   eight_devices.start()
   if name.endswith("layers apart"):
-    _self_forcing.target_platform = lambda: "gpu"
+    _self_forcing.target_platform = _compat.target_platform = lambda: "gpu"
   stage = read_stage(name, config(name))
   single = {phase: rest for phase, *rest in steps(stage, one_device())}
   distance = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))

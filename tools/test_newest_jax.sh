@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the derivative matrix and one golden case a loss on the newest JAX.
+# Runs the derivative matrix, one golden case a loss, and what GPUs are asked for
+# on the newest JAX.
 # It needs a newer Python than the oldest that we support; where there is none,
 # it says so loudly and passes.
 set -euo pipefail
@@ -24,4 +25,8 @@ fi
 "$home/bin/python" -c 'import jax; print("newest JAX:", jax.__version__)'
 "$home/bin/python" -m pytest -q -n 2 \
   tests/kernels/test_derivatives.py tests/losses/test_tangents.py \
-  tests/losses/test_golden_losses.py
+  tests/losses/test_golden_losses.py tests/models/test_layers.py \
+  tests/training/test_step.py
+# Older JAX has not what GPUs are asked for in this case (`_compat.row_major`).
+"$home/bin/python" -m pytest -q -m slow -k apart \
+  tests/training/test_parallel_steps.py

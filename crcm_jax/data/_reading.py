@@ -164,7 +164,8 @@ def too_many(bad: Sequence[BadRecord], max_bad: int) -> ValueError:
     f"`max_bad` must allow for the bad records; it is {max_bad}, and there are"
     f" at least {len(bad)}: "
     + "; ".join(f"{record.key}, {record.reason}" for record in bad)
-    + ". Prepare the dataset again, or raise it."
+    + ". Prepare the dataset again, or raise it (in a config it is"
+    " `loop.max_bad_records`) if good ones are left."
   )
 
 

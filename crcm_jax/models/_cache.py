@@ -26,8 +26,8 @@ class Cache(NamedTuple):
   past: KeysValues
   """`[layers b f p n d]`, frames seen from slot 0 on; the rest is unread."""
   text: KeysValues | list[KeysValues]
-  """`[layers b l n d]`, the prompt; of layers that lie apart, a list of theirs,
-  which no pass has to copy from."""
+  """`[layers b l n d]`, the prompt; of layers that lie apart, a list of each
+  one's `[b l n d]`, from which no pass has to copy."""
   frames: Int[Array, ""]
   """int32, latent frames stored."""
   position: Int[Array, ""]

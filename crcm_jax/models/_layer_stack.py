@@ -28,7 +28,7 @@ def unstack_layers(params: Params) -> Params:
   `Wan` computes the same with them, one layer after another in the program,
   which takes longer to compile. Outside a loop over passes, this is one copy
   for all of them. A gradient keeps what all layers computed, whatever
-  `WanConfig.remat`.
+  `WanConfig.remat`. Checkpoints hold stacked layers; these are for computing.
 
   Args:
     params: of a `Wan`.

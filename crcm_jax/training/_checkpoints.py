@@ -323,6 +323,14 @@ class Checkpoints:
         return step, damaged
       except _manifest.Damaged as error:
         damaged.append((step, str(error)))
+      except OSError as error:
+        raise OSError(
+          error.errno,
+          f"{error.strerror}: the checkpoint of step {step} cannot be read."
+          " Mend the disk, or remove that folder to go on from the one before"
+          " it",
+          str(self._folder / str(step)),
+        ) from error
     return None, damaged
 
   def _set_aside(self, step: int, what: str, reason: str) -> None:
@@ -333,7 +341,7 @@ class Checkpoints:
     folder.rename(aside)
     _LOG.warning(
       "The checkpoint of step %d in %s is %s (%s): it was renamed to %s, and"
-      " the run goes on from the one before it.",
+      " the run goes on from the newest that is whole, or else begins anew.",
       *(step, self._folder, what, reason, aside.name),
     )
 

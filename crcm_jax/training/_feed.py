@@ -23,6 +23,10 @@ _PATIENCE = 5.0  # seconds in which a thread must end, or it is left alone
 _POLL = 0.02  # seconds between two looks at whether the devices are idle
 
 
+class Stopped(Exception):
+  """There was no batch yet when the run was asked to stop."""
+
+
 class Feed:
   """An iterator of placed batches with the position of the last one."""
 
@@ -32,6 +36,7 @@ class Feed:
     place: Callable[[Any], Any],
     meter: Meter,
     show: Callable[[str], Any] = lambda text: None,
+    stopping: Callable[[], bool] = lambda: False,
   ):
     """Takes over an iterator of batches; the thread starts with the first.
 
@@ -40,9 +45,10 @@ class Feed:
       place: puts a batch on the devices.
       meter: counts the time in which idle devices wait for data.
       show: shows a note beside the progress bar.
+      stopping: whether to raise `Stopped` where a batch is not there yet.
     """
     self._batches, self._place = batches, place
-    self._meter, self._show = meter, show
+    self._meter, self._show, self._stopping = meter, show, stopping
     self._state = batches.get_state()
     self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -104,6 +110,8 @@ class Feed:
       try:
         return self._ready.get(timeout=_POLL)
       except queue.Empty:
+        if self._stopping():
+          raise Stopped from None
         waited = time.monotonic() - start
         if waited >= notice:
           notice = 2 * waited

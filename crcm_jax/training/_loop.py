@@ -33,7 +33,7 @@ from crcm_jax.training import (
 from crcm_jax.training._arguments import step_arguments, StepArguments
 from crcm_jax.training._checkpoints import check_config, Checkpoints
 from crcm_jax.training._config import config_hash
-from crcm_jax.training._feed import Feed
+from crcm_jax.training._feed import Feed, Stopped
 from crcm_jax.training._speed import Meter, peak_flops, tokens_of
 from crcm_jax.training._stages import Phase, Stage
 from crcm_jax.training._state import TrainState
@@ -144,12 +144,17 @@ def _train(
     opened.pop_all(),
     run.ending(),
     _bar(stage, first) as bar,
-    Feed(batches, place, meter, bar.set_postfix_str) as feed,
+    Feed(batches, place, meter, bar.set_postfix_str, asked.of_one) as feed,
   ):
     stop = _processes.AnyProcess(asked)
     for step in range(first + 1, stage.steps + 1):
       phase = stage.phase(step - 1)
-      batch = next(feed)
+      try:
+        batch = next(feed)
+      except Stopped:
+        if step - 1 > first:
+          run.save(step - 1, state, feed.get_state())
+        break
       state, metrics = steps[phase](state, frozen, batch, key)
       meter.started(metrics)
       run.report(bar, step, phase, metrics)
@@ -180,10 +185,12 @@ def check_stage(stage: Stage, folders: Folders) -> None:
     folders: where.
 
   Raises:
-    ValueError: if the mesh does not fit the devices or the stage, or if the
-      workdir belongs to another config.
+    ValueError: if the mesh does not fit the devices, the stage or the sharding
+      rules, or if the workdir belongs to another config.
   """
-  stage.on(sharding.make_mesh(**stage.mesh))
+  mesh = sharding.make_mesh(**stage.mesh)
+  given = step_arguments(stage.on(mesh), mesh)
+  sharding.local_rows(mesh, given.batch.x_0.shape[0])
   check_config(folders.experiment / stage.name, stage.config)
 
 
@@ -367,6 +374,10 @@ class _Stop(threading.Event):
   """Set once a signal, of this number, has asked to stop."""
 
   number = 0
+
+  def of_one(self) -> bool:
+    """Whether it is set, and there are no other processes to agree with."""
+    return self.is_set() and jax.process_count() == 1
 
 
 @contextlib.contextmanager

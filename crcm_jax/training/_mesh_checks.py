@@ -20,8 +20,8 @@ def fill(sizes: Mapping[str, int | None], devices: int) -> dict[str, int]:
   """
   given = {axis: n for axis, n in sizes.items() if n is not None}
   for axis, n in given.items():
-    if n < 1:
-      raise ValueError(f"`mesh.{axis}` must be at least 1 device; got {n}.")
+    if not isinstance(n, int) or n < 1:
+      raise ValueError(f"`mesh.{axis}` must be at least 1 device; got {n!r}.")
   used = math.prod(given.values())
   rest = devices // used
   filled = {axis: rest if n is None else n for axis, n in sizes.items()}

@@ -107,9 +107,7 @@ def read_rules(setting: Any) -> Rules:
   if isinstance(setting, str):
     return _one_of(NAMED, setting, "config.sharding")
   if not isinstance(setting, Mapping):
-    return tuple(
-      (pattern, _read_axes(pattern, axes)) for pattern, axes in setting
-    )
+    return tuple(map(_read_rule, setting))
   rules = []
   for role, of_role in setting.items():
     start = _one_of(ROLES, role, "config.sharding")
@@ -118,6 +116,18 @@ def read_rules(setting: Any) -> Rules:
       for pattern, axes in read_rules(of_role)
     ]
   return (*rules, *WAN_RULES)
+
+
+def _read_rule(rule: Any) -> tuple[str, Axes]:
+  try:
+    pattern, axes = rule
+    re.compile(pattern)
+  except (TypeError, ValueError, re.error) as error:
+    raise ValueError(
+      "`config.sharding` must have rules (REGULAR EXPRESSION, AXES); got"
+      f" {rule!r}: {error}."
+    ) from error
+  return pattern, _read_axes(pattern, axes)
 
 
 def _read_axes(pattern: str, axes: Axes) -> Axes:

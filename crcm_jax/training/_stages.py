@@ -136,6 +136,7 @@ class Loop:
     data_workers: processes that read data beside the main one; 0 for a thread.
     max_bad_records: records of the dataset to skip because they are cut off,
       of another shape or not finite; one more is an error that names them all.
+      Each process counts what it reads, from its start on.
   """
 
   log_every: int = 1
@@ -155,9 +156,10 @@ class Loop:
     positive = ("log_every", "checkpoint_every", "keep", "micro_batches")
     for field in dataclasses.fields(self):
       low, value = int(field.name in positive), getattr(self, field.name)
-      if value < low:
+      if not isinstance(value, int) or value < low:
         raise ValueError(
-          f"`loop.{field.name}` must be at least {low}; got {value}."
+          f"`loop.{field.name}` must be at least {low}, a whole number; got"
+          f" {value!r}."
         )
 
   def reading(self) -> data.Reading:
@@ -182,8 +184,9 @@ class Stage:
     steps: iterations in all.
     seed: of parameters, data order and draws.
     ema_rate: relative width of the student's moving average.
-    working_copy: whether networks read a copy of their matrices in the dtype
-      that they compute in, made once a step, and frozen ones are kept in it.
+    working_copy: whether networks read a copy of their linear layers in the
+      dtype that they compute in, made once a step, and frozen ones are kept in
+      it.
     model: the student's network.
     networks: the network of each of "teacher", "real" and "fake" that the
       stage has.
@@ -476,6 +479,11 @@ def read_stage(
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
+  if not isinstance(section["steps"], int) or section["steps"] < 1:
+    raise ValueError(
+      f"`config.{name}.steps` must be at least 1, a whole number; got"
+      f" {section['steps']!r}."
+    )
   stage = Stage(
     name=name,
     config=config,

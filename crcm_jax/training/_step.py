@@ -80,7 +80,7 @@ def make_train_step(
     ema_rate: relative width of the student's moving average.
     micro_batches: parts of a batch, whose gradients are added up: the step of
       the whole batch in the memory of one part.
-    copy_dtype: dtype of the copy of their matrices that networks read
+    copy_dtype: dtype of the copy of their linear layers that networks read
       (`models.working_copy`); the state keeps the masters. None for no copy;
       or one for each role ("student", "fake", "teacher", "real"), those left
       out having none.
@@ -149,7 +149,7 @@ _GPU_OPTIONS = {
   # All products are cuBLAS's: Triton's take longer, and so does tuning them.
   "xla_gpu_enable_triton_gemm": False,
   # With Triton off XLA copies what it multiplies to lengths that 8 divides.
-  # Only columns need that, and a network's have it; its tokens are rows.
+  # Only columns need that, and a Wan's have it; its tokens are rows.
   "xla_disable_hlo_passes": "cublas-pad-for-gemms",
 }
 

@@ -10,6 +10,7 @@ it does not, and what the sample videos' pixels are like.
 import contextlib
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import (
   Any,
@@ -137,30 +138,57 @@ def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-  """Event files for TensorBoard; a clip is one picture of its frames."""
+  """Event files for TensorBoard; a clip is one picture of its frames.
+
+  Each event is written at once. The thread of tensorboardX's `SummaryWriter`
+  would end unseen on a full disk, and then block all who add events.
+  """
 
   def __init__(self, folder: pathlib.Path | str, *, from_step: int = 0):
     """Opens an event file; `from_step` hides later steps of an earlier run."""
-    tensorboard = _extras.require("tensorboardX", extra="video")
-    self._writer = tensorboard.SummaryWriter(
-      str(folder), purge_step=from_step + 1
-    )
+    _extras.require("tensorboardX", extra="video")
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    self._summary: Any = summary
+    self._proto: Any = event_pb2
+    self._path = str(pathlib.Path(folder) / "events")
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    self._file = event_file_writer.EventsWriter(self._path)
+    log = self._proto.SessionLog
+    self._add(from_step + 1, session_log=log(status=log.START))
 
   def scalars(
     self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
   ) -> None:
-    """Adds one point to each curve."""
+    """Adds one point to each curve.
+
+    Raises:
+      OSError: if it cannot be written, naming the files.
+    """
     prefix = "" if kind == "metrics" else f"{kind}/"
     for name, value in values.items():
-      self._writer.add_scalar(prefix + name, value, step)
+      self._add(step, summary=self._summary.scalar(prefix + name, value))
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Adds each clip as a strip: its frames side by side, in time's order."""
     for name, video in videos.items():
       strip = np.concatenate(list(video), axis=1)  # [h, f*w, c]
       picture = (np.clip(strip, -1, 1) + 1) / 2
-      self._writer.add_image(name, picture, step, dataformats="HWC")
+      image = self._summary.image(name, picture, dataformats="HWC")
+      self._add(step, summary=image)
 
   def close(self) -> None:
-    """Writes what is still in memory."""
-    self._writer.close()
+    """Closes the file; an event that could not be written was reported."""
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+  def _add(self, step: int, **what: Any) -> None:
+    event = self._proto.Event(wall_time=time.time(), step=step, **what)
+    try:
+      self._file.write_event(event)
+      self._file.flush()
+    except OSError as error:
+      raise OSError(
+        error.errno, error.strerror, f"{self._path}.out.tfevents.*"
+      ) from error

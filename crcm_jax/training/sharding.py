@@ -58,10 +58,11 @@ def make_mesh(
     ValueError: if the axes do not multiply to the devices to use.
   """
   found = jax.devices()
-  if devices is not None and not 0 < devices <= len(found):
+  possible = range(1, len(found) + 1)
+  if devices is not None and devices not in possible:
     raise ValueError(
       f"`mesh.devices` must be between 1 and {len(found)}, the devices that"
-      f" there are; got {devices}."
+      f" there are; got {devices!r}."
     )
   found = found[:devices]
   shape = _mesh_checks.fill(

@@ -33,6 +33,7 @@ def test_rows_kept_together_compute_the_same(run, monkeypatch):
   x = jax.random.normal(keys[2], (4, 3))
   want = jax.jit(run)(params, x)
   monkeypatch.setattr(_compat, "target_platform", lambda: "gpu")
+  monkeypatch.setattr(_compat, "_LAYOUTS_ARE_PARTITIONED", True)
   lowered = jax.jit(lambda *args: run(*args)).lower(params, x)
   assert "LayoutConstraint" in lowered.as_text()
   got = lowered.compile()(params, x)

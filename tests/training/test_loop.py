@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -11,7 +12,14 @@ import pytest
 import tiny
 
 from crcm_jax.data import Reading
-from crcm_jax.training import _data, _experiment, _loop, _stages, _writers
+from crcm_jax.training import (
+  _data,
+  _experiment,
+  _feed,
+  _loop,
+  _stages,
+  _writers,
+)
 from crcm_jax.training._checkpoints import Checkpoints
 
 
@@ -206,13 +214,26 @@ class _Killed:
     self._batches.set_state(state)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(folders, monkeypatch):
+class _Stalled(_Killed):
+  """Batches of which the third one does not come, as they ask to stop."""
+
+  def __next__(self):
+    self._count += 1
+    if self._count == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+      threading.Event().wait()
+    return next(self._batches)
+
+
+@pytest.mark.parametrize("kind", [_Killed, _Stalled])
+def test_sigterm_saves_and_the_same_command_goes_on(kind, folders, monkeypatch):
   stage = tiny.stage(loop=dict(checkpoint_every=4))
   handler = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
     batches = _data.RandomLatents.batches
-    killed = lambda *arguments: _Killed(batches(*arguments))
+    killed = lambda *arguments: kind(batches(*arguments))
     patch.setattr(_data.RandomLatents, "batches", killed)
+    patch.setattr(_feed, "_PATIENCE", 0.1)
     with pytest.raises(_loop.Interrupted, match=r"saved at step [12]") as error:
       _loop.train_stage(stage, folders)
   assert error.value.exit_status == 0
@@ -303,6 +324,9 @@ def test_every_loop_setting_is_checked():
     tiny.stage(loop=dict(log_every=0))
   with pytest.raises(ValueError, match=r"`loop.keep` must be at least 1"):
     tiny.stage(loop=dict(keep=0))
+  for steps in (0, -3, "4", 2.5):
+    with pytest.raises(ValueError, match=r"`config.diffusion.steps` must be"):
+      tiny.stage(steps=steps)
   with pytest.raises(ValueError, match=r"`loop.milestone_every` must be at l"):
     tiny.stage(loop=dict(milestone_every=-1))
   assert dataclasses.replace(tiny.stage().loop, sample_every=0).is_due(

@@ -148,7 +148,7 @@ def test_memory_by_kind_is_that_of_hand_counted_shards():
   wide = dict(layers=2, width=16, heads=2, ffn_width=32)
   stage = stage_of(network=wide, data=dict(batch_size=8))["matching"]
   mesh = AbstractMesh((2, 4, 1, 1), sharding.AXES)
-  given = _compile.arguments(stage, mesh)
+  given = training.step_arguments(stage, mesh)
   found = _memory.memory(stage, given, mesh.shape, 1e6)
   # Attention's eight kernels and the two of the feed-forward are split.
   split = 2 * (8 * 16 * 16 + 2 * 16 * 32)
@@ -184,7 +184,7 @@ def test_the_batch_must_divide():
   mesh = AbstractMesh((2, 2, 1, 1), sharding.AXES)
   message = r"`data.batch_size` must divide by the devices .* = 4; got 2"
   with pytest.raises(ValueError, match=message):
-    _compile.arguments(stage_of()["diffusion"], mesh)
+    training.step_arguments(stage_of()["diffusion"], mesh)
 
 
 ONE = plan.parse_topology("cpu:1")

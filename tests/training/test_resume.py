@@ -222,6 +222,7 @@ folder, *modes = sys.argv[1:]
 folder = pathlib.Path(folder)
 sections = dict(diffusion=tiny.DIFFUSION | dict(steps=12))
 config = tiny.config(**sections)
+config["loop"] |= dict(tensorboard=True)
 (folder / "config.py").write_text(
   "import ml_collections\\n"
   f"def get_config(): return ml_collections.ConfigDict({config})\\n"

@@ -201,6 +201,9 @@ def test_each_role_may_have_rules_of_its_own():
     sharding.read_rules(dict(critic="wan"))
   with pytest.raises(ValueError, match=r"one of \['replicated', 'wan'\]; got"):
     sharding.read_rules("wann")
+  for rule, why in ((("*", ()), "nothing to repeat"), ((".*",), "unpack")):
+    with pytest.raises(ValueError, match=rf"`config.sharding` must.*{why}"):
+      sharding.read_rules((rule,))
 
 
 def test_a_mask_must_keep_frames_whole():

@@ -85,7 +85,7 @@ def test_student_step_counts_and_averages():
 
 
 def test_xla_knows_the_options_for_gpus(monkeypatch):
-  """They are refused, on any device, once XLA has no such option."""
+  """Any device's compiler refuses an option that is no more; not a pass."""
   monkeypatch.setattr(_step, "target_platform", lambda: "gpu")
   step = training.make_train_step(Line(), OPTIMIZER)
   state, _ = step(_state(), {}, _batch(), KEY)

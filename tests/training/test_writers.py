@@ -1,5 +1,6 @@
 import json
 import pathlib
+import resource
 import sys
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left .*: '/dev/full'"):
       files.scalars(1, {"loss": 1.0})
     files.close()
+
+
+def test_a_full_disk_stops_tensorboard_too(tmp_path):
+  pytest.importorskip("tensorboardX")
+  board = _writers.TensorBoard(tmp_path)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+  try:
+    values = {f"loss{i}": 1.0 for i in range(100)}
+    with pytest.raises(OSError, match=rf"too large: '{tmp_path}/events.*'"):
+      board.scalars(1, values)
+    board.close()  # says nothing more
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  board.close()
 
 
 def test_a_kill_while_the_log_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
