@@ -6,7 +6,6 @@ to find. Each check raises the same error on every process.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import pathlib
 import socket
@@ -17,8 +16,8 @@ from typing import Any
 
 import jax
 
-from crcm_jax._version import __version__
 from crcm_jax.training import _config, _processes
+from crcm_jax.training._versions import versions
 
 _SIGHT = 60.0  # seconds in which a network file system shows a new file
 _SHOWN = 5  # differing keys to name
@@ -41,15 +40,10 @@ def check_start(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
 
 
 def _check_same(config: Mapping[str, Any]) -> None:
-  versions = {
-    "crcm_jax": __version__,
-    **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-    "device": jax.local_devices()[0].device_kind,
-  }
   mine = {
     "host": socket.gethostname(),
     "hash": _config.config_hash(config),
-    "versions": versions,
+    "versions": versions() | {"device": jax.local_devices()[0].device_kind},
   }
   first, *others = everyone = _gather(mine)
   same = lambda one: {**one, "host": None} == {**first, "host": None}

@@ -26,16 +26,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from crcm_jax._version import __version__
 from crcm_jax.training import _config, _manifest, _processes
+from crcm_jax.training._versions import versions
 
 _LOG = logging.getLogger(__name__)
 
 RESUMABLE = ("loop", "mesh", "sharding", "steps")
 """Sections and keys that may change between a run and its continuation."""
-
-VERSIONS = {"crcm_jax": __version__, "jax": jax.__version__}
-"""Other versions may compute other bits."""
 
 
 class NotSaved(OSError):
@@ -51,7 +48,7 @@ class Restored(NamedTuple):
     data: the position in the data, as JSON values.
     config: the config of the run that wrote it.
     metrics: each metric's last value, by name.
-    versions: of the code that wrote it.
+    versions: of the code and the libraries that wrote it.
   """
 
   step: int
@@ -133,7 +130,7 @@ class Checkpoints:
       "data": data,
       "config": _config.as_dict(config),
       "metrics": dict(metrics or {}),
-      "versions": VERSIONS,
+      "versions": versions(),
     }
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
@@ -206,11 +203,11 @@ class Checkpoints:
     if damaged:
       _processes.wait_for_all()
       self._manager.reload()
-    if restored.versions != VERSIONS:
+    if restored.versions != versions():
       _LOG.warning(
         "The checkpoint of step %d was written by %s, and this is %s: the run"
         " goes on, but perhaps not to the same bits.",
-        *(whole, restored.versions, VERSIONS),
+        *(whole, restored.versions, versions()),
       )
     return restored
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crcm_jax.training import _checkpoints, _manifest
+from crcm_jax.training import _checkpoints, _manifest, _versions
 from crcm_jax.training._checkpoints import Checkpoints, NotSaved
 
 CONFIG = {"seed": 0, "steps": 10, "network": {"width": 8}}
@@ -202,10 +202,24 @@ def test_the_old_one_stays_until_the_new_one_is_listed(tmp_path, monkeypatch):
 
 
 def test_other_versions_are_told(workdir, caplog, monkeypatch):
-  monkeypatch.setattr(_checkpoints, "VERSIONS", {"crcm_jax": "9", "jax": "9"})
+  other = {"crcm_jax": "9", "jax": "9"}
+  monkeypatch.setattr(_checkpoints, "versions", lambda: other)
   assert restore(workdir).versions["jax"] == jax.__version__
   assert "written by {'crcm_jax': " in caplog.text
   assert "perhaps not to the same bits" in caplog.text
+
+
+def test_changed_code_is_another_version(tmp_path):
+  package, linked = tmp_path / "package", tmp_path / "linked"
+  for folder in (package, linked):
+    folder.mkdir()
+    (folder / "module.py").write_text("x = 1")
+  (package / "folder").symlink_to(linked)
+  seen = {_versions.source_hash(package)}
+  (package / "notes.txt").write_text("no code")
+  assert _versions.source_hash(package) in seen
+  (linked / "module.py").write_text("x = 2")
+  assert _versions.source_hash(package) not in seen
 
 
 def test_a_write_that_fails_is_reported_once_it_is_known(tmp_path, monkeypatch):
