@@ -214,13 +214,17 @@ class Batches:
     return read.batch
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position, in a form that JSON can hold."""
-    return {"next_index": self._position}
+    """Returns position and bad records, in a form that JSON can hold."""
+    return {
+      "next_index": self._position,
+      "bad_records": dict(self.bad_records),
+    }
 
   def set_state(self, state: dict[str, Any], /) -> None:
-    """Moves to a position that `get_state` returned."""
+    """Moves to a position that `get_state` returned, with its bad records."""
     self.close()
     self._position = state["next_index"]
+    self.bad_records = dict(state.get("bad_records", {}))
 
   def close(self) -> None:
     """Ends the reading threads and processes."""

@@ -136,7 +136,7 @@ class Loop:
     data_workers: processes that read data beside the main one; 0 for a thread.
     max_bad_records: records of the dataset to skip because they are cut off,
       of another shape or not finite; one more is an error that names them all.
-      Each process counts what it reads, from its start on.
+      Each process counts what it reads, and a checkpoint keeps the first one's.
   """
 
   log_every: int = 1

@@ -137,6 +137,20 @@ def test_more_bad_records_than_allowed_are_an_error(folder):
     next(iterator)
 
 
+def test_bad_records_are_remembered_with_the_position(folder):
+  """Else a run that is stopped often would skip any number of them."""
+  rewrite(folder / FILE, {0: truncated, 5: not_finite, 9: truncated})
+  first, second = (batches(folder, max_bad=1) for _ in range(2))
+  next(first)
+  state = json.loads(json.dumps(first.get_state()))
+  second.set_state(state)
+  assert list(second.bad_records) == [f"{FILE}, record 0"]
+  with pytest.raises(ValueError, match=r"are at least 2: .*record 0.*record 5"):
+    next(second)
+  second.set_state({"next_index": 0})  # of an older checkpoint
+  assert not second.bad_records
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_file_is_named(folder, damage):
   path = folder / FILE
