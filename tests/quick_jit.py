@@ -24,6 +24,7 @@ def _options():
   return known
 
 
-def quick_jit(function, **settings):
+def quick_jit(function, compiler_options=None, **settings):
   """Returns a jitted function whose compilation takes few optimisations."""
-  return _jit(function, compiler_options=_options(), **settings)
+  options = _options() | (compiler_options or {})
+  return _jit(function, compiler_options=options, **settings)
