@@ -169,9 +169,10 @@ def _train(
         break
   # Whichever process was asked, and be it after the last step, all stop.
   if number := max(_processes.gather(asked.number)):
+    done = int(state.step)
+    where = f"and saved at step {done}" if done else "before its first step"
     raise Interrupted(
-      f"{stage.name} was stopped and saved at step {int(state.step)}; the same"
-      " command goes on from there.",
+      f"{stage.name} was stopped {where}; the same command goes on from there.",
       number,
     )
   return state

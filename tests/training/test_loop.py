@@ -215,17 +215,30 @@ class _Killed:
 
 
 class _Stalled(_Killed):
-  """Batches of which the third one does not come, as they ask to stop."""
+  """Batches of which one does not come, as they ask to stop."""
+
+  at = 3
 
   def __next__(self):
     self._count += 1
-    if self._count == 3:
+    if self._count == self.at:
       os.kill(os.getpid(), signal.SIGTERM)
       threading.Event().wait()
     return next(self._batches)
 
 
-@pytest.mark.parametrize("kind", [_Killed, _Stalled])
+class _StalledAtOnce(_Stalled):
+  at = 1
+
+
+STOPS = {
+  _Killed: r"and saved at step [12];",
+  _Stalled: "and saved at step 2;",
+  _StalledAtOnce: "before its first step;",
+}
+
+
+@pytest.mark.parametrize("kind", STOPS)
 def test_sigterm_saves_and_the_same_command_goes_on(kind, folders, monkeypatch):
   stage = tiny.stage(loop=dict(checkpoint_every=4))
   handler = signal.getsignal(signal.SIGTERM)
@@ -234,7 +247,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(kind, folders, monkeypatch):
     killed = lambda *arguments: kind(batches(*arguments))
     patch.setattr(_data.RandomLatents, "batches", killed)
     patch.setattr(_feed, "_PATIENCE", 0.1)
-    with pytest.raises(_loop.Interrupted, match=r"saved at step [12]") as error:
+    with pytest.raises(_loop.Interrupted, match=STOPS[kind]) as error:
       _loop.train_stage(stage, folders)
   assert error.value.exit_status == 0
   assert signal.getsignal(signal.SIGTERM) is handler
