@@ -41,7 +41,7 @@ def unstack_layers(params: Params) -> Params:
   """
   blocks = params["blocks"]
   layers = len(jax.tree.leaves(blocks)[0])
-  take = lambda i: _joined(jax.tree.map(lambda a: a[i], blocks))
+  take = lambda i: _joined(of_layer(blocks, i))
   return {**params, "blocks": {_NAME.format(i): take(i) for i in range(layers)}}
 
 
@@ -65,8 +65,21 @@ def layers_apart(blocks: Mapping[str, Any]) -> list[Params] | None:
   return [blocks[_NAME.format(i)] for i in range(len(blocks))]
 
 
+def of_layer(tree: Any, i: int) -> Any:
+  """Returns a layer's part of what is stacked, or a list of each layer's."""
+  return jax.tree.map(lambda a: a[i], tree, is_leaf=_is_list)
+
+
 def stacked(tree: Any) -> Any:
-  """Returns what each layer computed, stacked if it is a list of theirs."""
-  if not isinstance(tree, list):
-    return tree
-  return jax.tree.map(lambda *layers: jnp.stack(layers), *tree)
+  """Returns a tree with each list of what the layers have stacked."""
+
+  def stack(part: Any) -> Any:
+    if not _is_list(part):
+      return part
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *part)
+
+  return jax.tree.map(stack, tree, is_leaf=_is_list)
+
+
+def _is_list(tree: Any) -> bool:
+  return isinstance(tree, list)

@@ -39,7 +39,7 @@ from crcm_jax.models._conditioning import (
   Text,
 )
 from crcm_jax.models._config import WanConfig
-from crcm_jax.models._layer_stack import layers_apart, stacked
+from crcm_jax.models._layer_stack import layers_apart, of_layer, stacked
 from crcm_jax.models._layers import (
   Block,
   Head,
@@ -332,8 +332,7 @@ class Wan(nn.Module):
       length=self.config.layers,
       check_constancy_invariants=False,
     )
-    of_layers = jax.tree.map(stacked, xs, is_leaf=_is_list)
-    return layers(self.blocks, carry, of_layers)
+    return layers(self.blocks, carry, stacked(xs))
 
   def _one_by_one(
     self, body: Callable[..., Any], apart: list[Params], carry: Any, xs: Any
@@ -341,8 +340,7 @@ class Wan(nn.Module):
     all_ys = []
     for i, params in enumerate(apart):
       block = _with_params(self.blocks, lambda _, own=params: own)
-      of_layer = jax.tree.map(lambda a, i=i: a[i], xs, is_leaf=_is_list)
-      carry, ys = body(block, carry, of_layer)
+      carry, ys = body(block, carry, of_layer(xs, i))
       all_ys.append(ys)
     return carry, all_ys
 
@@ -451,10 +449,6 @@ def _frozen(block: Block) -> Block:
   clean stream would be linearised and run backward on zeros.
   """
   return _with_params(block, jax.lax.stop_gradient)
-
-
-def _is_list(tree: Any) -> bool:
-  return isinstance(tree, list)
 
 
 def _with_params(block: Block, change: Callable[[Params], Params]) -> Block:

@@ -246,6 +246,14 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
   return [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+  """Raises ValueError unless a setting is a whole number, at least so large."""
+  if not isinstance(value, int) or value < least:
+    raise ValueError(
+      f"`{name}` must be at least {least}, a whole number; got {value!r}."
+    )
+
+
 def did_you_mean(key: str, known: Iterable[str]) -> str:
   """Returns the end of a message that names the nearest key, if one is near."""
   near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)

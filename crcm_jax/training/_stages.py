@@ -155,12 +155,8 @@ class Loop:
   def __post_init__(self):
     positive = ("log_every", "checkpoint_every", "keep", "micro_batches")
     for field in dataclasses.fields(self):
-      low, value = int(field.name in positive), getattr(self, field.name)
-      if not isinstance(value, int) or value < low:
-        raise ValueError(
-          f"`loop.{field.name}` must be at least {low}, a whole number; got"
-          f" {value!r}."
-        )
+      least, value = int(field.name in positive), getattr(self, field.name)
+      _config.check_whole(f"loop.{field.name}", value, least)
 
   def reading(self) -> data.Reading:
     """Returns how a prepared dataset is read."""
@@ -479,11 +475,7 @@ def read_stage(
     phases["critic"] = _objective(section["critic"], objectives.Critic, given)
     settings["critic"] = section["critic_optimizer"]
   _check_solver(sampling, model)
-  if not isinstance(section["steps"], int) or section["steps"] < 1:
-    raise ValueError(
-      f"`config.{name}.steps` must be at least 1, a whole number; got"
-      f" {section['steps']!r}."
-    )
+  _config.check_whole(f"config.{name}.steps", section["steps"], 1)
   stage = Stage(
     name=name,
     config=config,

@@ -11,7 +11,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import (
   Any,
   get_args,
@@ -105,11 +105,9 @@ class Files:
       OSError: if it cannot be written, naming the file.
     """
     file = self._files[kind]
-    try:
+    with _naming(file.name):
       file.write(json.dumps({"step": step, **values}) + "\n")
       file.flush()
-    except OSError as error:
-      raise OSError(error.errno, error.strerror, file.name) from error
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Writes one gif a clip."""
@@ -140,7 +138,7 @@ def read_metrics(path: pathlib.Path | str) -> list[dict[str, Any]]:
 class TensorBoard:
   """Event files for TensorBoard; a clip is one picture of its frames.
 
-  Each event is written at once. The thread of tensorboardX's `SummaryWriter`
+  Events are written at once. The thread of tensorboardX's `SummaryWriter`
   would end unseen on a full disk, and then block all who add events.
   """
 
@@ -156,7 +154,7 @@ class TensorBoard:
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     self._file = event_file_writer.EventsWriter(self._path)
     log = self._proto.SessionLog
-    self._add(from_step + 1, session_log=log(status=log.START))
+    self._add(from_step + 1, dict(session_log=log(status=log.START)))
 
   def scalars(
     self, step: int, values: Mapping[str, float], kind: Kind = "metrics"
@@ -167,8 +165,11 @@ class TensorBoard:
       OSError: if it cannot be written, naming the files.
     """
     prefix = "" if kind == "metrics" else f"{kind}/"
-    for name, value in values.items():
-      self._add(step, summary=self._summary.scalar(prefix + name, value))
+    points = (
+      self._summary.scalar(prefix + name, value)
+      for name, value in values.items()
+    )
+    self._add(step, *(dict(summary=point) for point in points))
 
   def videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
     """Adds each clip as a strip: its frames side by side, in time's order."""
@@ -176,19 +177,26 @@ class TensorBoard:
       strip = np.concatenate(list(video), axis=1)  # [h, f*w, c]
       picture = (np.clip(strip, -1, 1) + 1) / 2
       image = self._summary.image(name, picture, dataformats="HWC")
-      self._add(step, summary=image)
+      self._add(step, dict(summary=image))
 
   def close(self) -> None:
     """Closes the file; an event that could not be written was reported."""
     with contextlib.suppress(OSError):
       self._file.close()
 
-  def _add(self, step: int, **what: Any) -> None:
-    event = self._proto.Event(wall_time=time.time(), step=step, **what)
-    try:
-      self._file.write_event(event)
+  def _add(self, step: int, *events: Mapping[str, Any]) -> None:
+    with _naming(f"{self._path}.out.tfevents.*"):
+      for event in events:
+        self._file.write_event(
+          self._proto.Event(wall_time=time.time(), step=step, **event)
+        )
       self._file.flush()
-    except OSError as error:
-      raise OSError(
-        error.errno, error.strerror, f"{self._path}.out.tfevents.*"
-      ) from error
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  """Tells which file could not be written."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, path) from error

@@ -58,13 +58,13 @@ def make_mesh(
     ValueError: if the axes do not multiply to the devices to use.
   """
   found = jax.devices()
-  possible = range(1, len(found) + 1)
-  if devices is not None and devices not in possible:
+  used = len(found) if devices is None else devices
+  if not isinstance(used, int) or not 0 < used <= len(found):
     raise ValueError(
       f"`mesh.devices` must be between 1 and {len(found)}, the devices that"
       f" there are; got {devices!r}."
     )
-  found = found[:devices]
+  found = found[:used]
   shape = _mesh_checks.fill(
     dict(data=data, fsdp=fsdp, context=context, tensor=tensor), len(found)
   )

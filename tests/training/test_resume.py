@@ -337,7 +337,7 @@ MESHES = textwrap.dedent("""
   import dataclasses, pathlib, sys
   import jax, numpy as np
   import tiny
-  from crcm_jax.training import Checkpoints, _loop, sharding
+  from crcm_jax.training import Checkpoints, _loop, sharding, step_arguments
 
   jax.config.update("jax_num_cpu_devices", 8)
   folder = pathlib.Path(sys.argv[1])
@@ -351,8 +351,7 @@ MESHES = textwrap.dedent("""
 
   stage = make(4, fsdp=4, context=2)
   mesh = sharding.make_mesh(**stage.mesh)
-  shapes = stage.state_shapes()
-  like = sharding.with_shardings(shapes, sharding.shard(shapes, mesh, rules))
+  like = step_arguments(stage, mesh).state
   found = Checkpoints(folder / "run" / "diffusion").restore(like, stage.config)
   jax.tree.map(np.testing.assert_array_equal, found.state, written)
   split = 0
